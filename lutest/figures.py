@@ -1,0 +1,111 @@
+"""What a table says of one configuration, as plain values: what a file is read into and estimates are made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["Curve", "Figures", "Key", "KeyFigures", "Quality", "Summary", "TotalRatios"]
+
+
+class Key(NamedTuple):
+    """A configuration."""
+
+    tier: str
+    top_k: int
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One figure per quantile for a stage, all lengths together."""
+
+    n: int
+    quantiles_ms: tuple[float, ...]
+    p95_upper_ms: float | None
+    mean_ms: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Knots of a piecewise-linear latency curve.
+
+    Attributes
+    ----------
+    at : tuple of int
+        Knots (prompt_tokens or kv_len), strictly increasing.
+    values_ms : tuple of tuple of float
+        ``values_ms[i][j]``: the i-th quantile of the table at the j-th knot.
+    n : tuple of int
+        Observations behind each knot.
+    source : tuple of str
+        ``measured``, ``interpolated`` or ``extrapolated`` for each knot.
+    """
+
+    at: tuple[int, ...]
+    values_ms: tuple[tuple[float, ...], ...]
+    n: tuple[int, ...]
+    source: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TotalRatios:
+    """Quantiles of decode_ms over the sum of its P50 steps, by number of steps (knots `decode_steps`)."""
+
+    decode_steps: tuple[int, ...]
+    ratios: tuple[tuple[float, ...], ...]
+    n: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class KeyFigures:
+    """Everything that a table says of one configuration; the decode parts are None where no run had a step."""
+
+    key: Key
+    prefill: Summary
+    prompt_tokens_p50: int
+    prefill_curve: Curve
+    decode: Summary | None
+    n_decode_steps: int
+    decode_curve: Curve | None
+    decode_total: TotalRatios | None
+    correlations: tuple[float, ...]
+    source: str = "measured"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Accuracy of one configuration on one workload."""
+
+    key: Key
+    workload: str
+    n: int
+    accuracy: float
+    lower: float | None
+    upper: float | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A whole table in memory.
+
+    Attributes
+    ----------
+    quantiles : tuple of float
+        Levels that the table holds, increasing; 0.5 is among them.
+    keys : tuple of KeyFigures
+        Ordered by tier (in the order of `tiers`), top_k, num_blocks.
+    tiers : tuple of str
+        Tiers by increasing median prompt length, so that low, medium, high get indices 0, 1, 2.
+    output_lengths : dict
+        workload → ((output_tokens, n), …), increasing in output_tokens.
+    meta : dict
+        The rows of ``meta``.
+    """
+
+    quantiles: tuple[float, ...]
+    tiers: tuple[str, ...]
+    keys: tuple[KeyFigures, ...]
+    output_lengths: dict[str, tuple[tuple[int, int], ...]]
+    qualities: tuple[Quality, ...]
+    meta: dict[str, str]
