@@ -1,0 +1,283 @@
+"""Building a table: the stages from sources to the stored file, composed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+
+from .aggregate import write_aggregates
+from .clean import write_accepted_runs
+from .config import DEFAULT_CONFIG, BuildConfig, load_config, parse_config
+from .errors import BuildError, ConfigError
+from .fit import FitInput, fit, upper_rank
+from .runs import raw_fields, write_runs
+from .schema import SCHEMA_VERSION
+from .sources import Source, SourceFields, read_sources
+from .store import locked, temporary_path, write_table
+
+__all__ = ["BuildSummary", "SourceSummary", "build", "work_database"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """What became of the runs of one source."""
+
+    path: str
+    rows_read: int
+    rows_used: int
+    rows_rejected: int
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """What a build did."""
+
+    output: Path
+    content_hash: str
+    sources: tuple[SourceSummary, ...]
+    rejected: dict[str, int]
+    n_clamped: int
+    fit_seconds: float
+    seconds: float
+
+
+def build(
+    config: str | os.PathLike[str] | Mapping[str, object] | BuildConfig = DEFAULT_CONFIG,
+    *,
+    runs: Source | Sequence[Source] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> BuildSummary:
+    """Build a latency table from profiled runs.
+
+    Parameters
+    ----------
+    config : path, mapping or BuildConfig
+        A ``build.yaml``, or its content. Paths in it are relative to its folder.
+    runs : path, DataFrame, or sequence of them, optional
+        Sources instead of those of the configuration; paths are relative to the current folder.
+    output : path, optional
+        Where to write instead of the configuration's ``output``; relative to the current folder.
+    progress : callable, optional
+        Called with (what, done, total) now and then.
+
+    Returns
+    -------
+    BuildSummary
+        Runs read, used and rejected per source, and the content hash of the table.
+
+    Raises
+    ------
+    LutestError
+        A source cannot be read, an option is not valid, no run is left, or the table cannot be written. A table
+        that stood at the output is then unchanged.
+    """
+    started = time.perf_counter()
+    settings = _settings(config, runs is not None)
+    target = Path(output) if output is not None else settings.output_path
+    if output is None and not settings.output:
+        raise ConfigError("no output: give `output` in the configuration, or as an argument")
+    given, base = (settings.sources, settings.base) if runs is None else (_listed(runs), Path())
+    with locked(target), work_database(temporary_path(target)) as connection:
+        try:
+            read_runs(connection, given, settings, base, progress)
+            write_accepted_runs(connection, settings.cleaning.outliers, settings.cleaning.k)
+            _require_runs(connection)
+            write_aggregates(connection, settings.quantiles, settings.prompt_bins, settings.kv_bins, upper_rank)
+            fit_started = time.perf_counter()
+            _fit(connection, settings.quantiles)
+            fit_seconds = time.perf_counter() - fit_started
+            _write_accounts(connection)
+        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+            raise BuildError(f"{target}: the build ran out of room: {str(error).splitlines()[0]}") from error
+        meta = _meta(connection, settings, fit_seconds)
+        digest = write_table(connection, target, _RELATIONS, settings.quantiles, meta)
+        return _summary(connection, target, digest, fit_seconds, time.perf_counter() - started)
+
+
+def read_runs(
+    connection: duckdb.DuckDBPyConnection,
+    given: Sequence[Source],
+    settings: BuildConfig,
+    base: Path,
+    progress: Progress | None = None,
+) -> None:
+    """Read sources into ``runs``, canonical and structurally checked."""
+    scalars, steps = raw_fields(settings.columns)
+    read_sources(connection, given, SourceFields(scalars, steps), base=base, progress=progress)
+    write_runs(connection, settings.columns, settings.milliseconds)
+
+
+@contextlib.contextmanager
+def work_database(folder: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection to a database on disk, so that large inputs spill.
+
+    Its folder is made for it and gone afterwards; not given, it lies where temporary files do.
+    """
+    try:
+        if folder is None:
+            folder = Path(tempfile.mkdtemp(prefix="lutest-"))
+        else:
+            folder.mkdir()
+        connection = duckdb.connect(str(folder / "work.duckdb"))
+    except (OSError, duckdb.IOException) as error:
+        raise BuildError(f"{folder}: cannot make a work database: {str(error).splitlines()[0]}") from error
+    try:
+        with connection:
+            connection.execute("SET preserve_insertion_order = false")
+            yield connection
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _settings(config: str | os.PathLike[str] | Mapping[str, object] | BuildConfig, has_runs: bool) -> BuildConfig:
+    if isinstance(config, BuildConfig):
+        return config
+    if isinstance(config, Mapping):
+        return parse_config(config)
+    if has_runs and Path(config) == DEFAULT_CONFIG:
+        return BuildConfig()
+    return load_config(config)
+
+
+def _listed(runs: Source | Sequence[Source]) -> Sequence[Source]:
+    return [runs] if isinstance(runs, str | os.PathLike | pd.DataFrame) else runs
+
+
+def _require_runs(connection: duckdb.DuckDBPyConnection) -> None:
+    if connection.execute("SELECT 1 FROM accepted_runs LIMIT 1").fetchone():
+        return
+    worst = connection.execute(
+        "SELECT reason, count(*) AS n, first(detail) FROM rejections GROUP BY reason ORDER BY n DESC, reason LIMIT 1"
+    ).fetchone()
+    if worst is None:
+        raise BuildError("the sources hold no runs at all")
+    raise BuildError(f"no run is left to build on; {worst[1]} were rejected as {worst[0]}, such as: {worst[2]}")
+
+
+_FITTED = ("decode", "prefill_curve", "decode_curve", "decode_total", "total")
+_RELATIONS = {
+    "prefill": "prefill",
+    **{name: f"fitted_{name}" for name in _FITTED},
+    "output_length": "output_length",
+    "quality": "quality",
+    "sources": "sources",
+    "rejected_runs": "rejected_runs",
+}
+
+
+def _fit(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> None:
+    def table(name: str) -> pd.DataFrame:
+        return connection.execute(f"SELECT * FROM {name} ORDER BY ALL").df()
+
+    fitted = fit(
+        FitInput(
+            quantiles=quantiles,
+            prefill=table("prefill"),
+            prefill_bins=table("prefill_bins"),
+            decode=table("decode"),
+            decode_bins=table("decode_bins"),
+            run_sample=table("run_sample"),
+            step_sample=table("step_sample"),
+        )
+    )
+    for name in _FITTED:
+        frame = getattr(fitted, name)
+        connection.register("fitted_frame", frame)
+        connection.execute(f"CREATE OR REPLACE TABLE fitted_{name} AS SELECT * FROM fitted_frame")
+        connection.unregister("fitted_frame")
+
+
+def _write_accounts(connection: duckdb.DuckDBPyConnection) -> None:
+    connection.execute(
+        """
+        CREATE OR REPLACE TABLE sources AS
+        WITH rejected AS (
+            SELECT source_id, count(*) AS rows_rejected FROM rejections GROUP BY source_id
+        ),
+        used AS (
+            SELECT source_id, count(*) AS rows_used FROM accepted_runs GROUP BY source_id
+        )
+        SELECT
+            source_id, path, sha256, rows_read,
+            coalesce(rows_used, 0) AS rows_used,
+            coalesce(rows_rejected, 0) AS rows_rejected
+        FROM source_files LEFT JOIN rejected USING (source_id) LEFT JOIN used USING (source_id)
+        """
+    )
+    connection.execute(
+        """
+        CREATE OR REPLACE VIEW rejected_runs AS
+        SELECT
+            rejections.source_id, rejections."row", rejections.reason, rejections.detail,
+            tier, top_k, num_blocks, workload, prompt_tokens, output_tokens, prefill_ms, decode_ms, total_ms
+        FROM rejections JOIN runs USING (source_id, "row")
+        """
+    )
+    lost = connection.execute(
+        "SELECT path, rows_read, rows_used, rows_rejected FROM sources WHERE rows_read <> rows_used + rows_rejected"
+    ).fetchone()
+    if lost is not None:
+        raise BuildError(
+            f"{lost[0]}: {lost[1]} runs read, {lost[2]} used and {lost[3]} rejected: this is a bug in lutest"
+        )
+
+
+def _meta(connection: duckdb.DuckDBPyConnection, settings: BuildConfig, fit_seconds: float) -> dict[str, str]:
+    from . import __version__
+
+    def distinct(column: str) -> str:
+        rows = connection.execute(
+            f"SELECT DISTINCT {column} FROM accepted_runs WHERE {column} IS NOT NULL ORDER BY 1 LIMIT 20"
+        ).fetchall()
+        return json.dumps([value for (value,) in rows])
+
+    described = dataclasses.asdict(settings)
+    described["base"] = str(settings.base)
+    return {
+        "schema_version": str(SCHEMA_VERSION),
+        "lutest_version": __version__,
+        "duckdb_version": duckdb.__version__,
+        "built_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "quantiles": json.dumps(list(settings.quantiles)),
+        "device": distinct("device"),
+        "model": distinct("model"),
+        "build_config": json.dumps(described),
+        "fit_seconds": f"{fit_seconds:.3f}",
+    }
+
+
+def _summary(
+    connection: duckdb.DuckDBPyConnection, target: Path, digest: str, fit_seconds: float, seconds: float
+) -> BuildSummary:
+    accounts = connection.execute(
+        "SELECT path, rows_read, rows_used, rows_rejected FROM sources ORDER BY path"
+    ).fetchall()
+    reasons = connection.execute(
+        "SELECT reason, count(*) AS n FROM rejections GROUP BY reason ORDER BY n DESC, reason"
+    ).fetchall()
+    clamped = connection.execute("SELECT count(*) FROM accepted_runs WHERE clamped").fetchone()
+    assert clamped is not None
+    return BuildSummary(
+        output=target,
+        content_hash=digest,
+        sources=tuple(SourceSummary(*row) for row in accounts),
+        rejected=dict(reasons),
+        n_clamped=clamped[0],
+        fit_seconds=fit_seconds,
+        seconds=seconds,
+    )

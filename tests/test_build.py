@@ -1,0 +1,360 @@
+"""The main job: runs in, a table out, every run accounted for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pytest
+
+import lutest
+from lutest.build import BuildSummary, build
+from lutest.errors import BuildError, ConfigError, LutestError
+from tests.runs_frame import constant_step_runs, noisy_runs
+
+KEYS = ["tier", "top_k", "num_blocks"]
+
+
+def _query(path: Path, sql: str) -> pd.DataFrame:
+    with duckdb.connect(str(path), read_only=True) as connection:
+        return connection.execute(sql).df()
+
+
+def _accounts(path: Path) -> pd.DataFrame:
+    accounts = _query(path, "SELECT * FROM sources")
+    assert (accounts["rows_read"] == accounts["rows_used"] + accounts["rows_rejected"]).all()
+    rejected = _query(path, "SELECT source_id, count(*) AS n FROM rejected_runs GROUP BY source_id")
+    assert rejected["n"].sum() == accounts["rows_rejected"].sum()
+    return accounts
+
+
+@pytest.mark.parametrize("name", ["direct", "subtraction"])
+def test_prefill_quantiles_are_those_of_the_accepted_runs(name: str, request: pytest.FixtureRequest) -> None:
+    table: Path = request.getfixturevalue(f"{name}_table")
+    runs = _query_runs(request.getfixturevalue(f"{name}_runs"))
+    rejected = _query(table, "SELECT row FROM rejected_runs")["row"]
+    accepted = runs[~runs["row"].isin(rejected)]
+    assert len(accepted) == _accounts(table)["rows_used"].sum() > 1900
+    prefill = _query(table, "SELECT * FROM prefill").set_index(KEYS)
+    groups = accepted.groupby(KEYS)
+    assert len(groups) == len(prefill)
+    for key, group in groups:
+        values = group["prefill_ms"].to_numpy()
+        row = prefill.loc[key]
+        assert row["n"] == len(values)
+        np.testing.assert_allclose(
+            [row["p50_ms"], row["p95_ms"], row["mean_ms"], row["std_ms"]],
+            [*np.quantile(values, [0.5, 0.95]), values.mean(), values.std(ddof=1)],
+            rtol=1e-9,
+        )
+        assert (row["min_ms"], row["max_ms"]) == (values.min(), values.max())
+
+
+def test_decode_quantiles_are_those_of_the_timed_steps(direct_table: Path, direct_runs: Path) -> None:
+    runs = _query_runs(direct_runs)
+    accepted = runs[~runs["row"].isin(_query(direct_table, "SELECT row FROM rejected_runs")["row"])]
+    decode = _query(direct_table, "SELECT * FROM decode").set_index(KEYS)
+    for key, group in accepted[accepted["output_tokens"] >= 2].groupby(KEYS):
+        steps = np.concatenate(group["decode_steps_ms"].to_list())
+        row = decode.loc[key]
+        assert (row["n"], row["n_steps"], row["steps"]) == (len(group), len(steps), "timed")
+        np.testing.assert_allclose(
+            [row["p50_ms"], row["p95_ms"], row["mean_ms"], row["std_ms"]],
+            [*np.quantile(steps, [0.5, 0.95]), steps.mean(), steps.std(ddof=1)],
+            rtol=1e-9,
+        )
+
+
+def _query_runs(path: Path) -> pd.DataFrame:
+    with duckdb.connect() as connection:
+        runs = connection.execute("SELECT * FROM read_parquet(?)", [str(path)]).df()
+    runs["row"] = np.arange(1, len(runs) + 1)
+    return runs
+
+
+def test_upper_bound_of_p95_is_an_order_statistic(tmp_path: Path) -> None:
+    values = np.exp(np.random.default_rng(1).normal(5, 0.2, 100))
+    frame = noisy_runs(keys=[("low", 4, 12)], runs_per_key=100).assign(prefill_ms=values)
+    table = build({"cleaning": {"outliers": "none"}}, runs=frame, output=tmp_path / "t.duckdb").output
+    # P(Binomial(100, 0.95) < 99) = 0.9629 is the first at or above 0.95.
+    assert _query(table, "SELECT p95_upper_ms FROM prefill").iat[0, 0] == np.sort(values)[98]
+    few = build(runs=frame.head(58), output=tmp_path / "few.duckdb").output
+    assert _query(few, "SELECT p95_upper_ms FROM prefill")["p95_upper_ms"].isna().all()
+    enough = build({"cleaning": {"outliers": "none"}}, runs=frame.head(59), output=tmp_path / "enough.duckdb").output
+    assert _query(enough, "SELECT p95_upper_ms FROM prefill").iat[0, 0] == values[:59].max()
+
+
+def test_constant_steps_from_totals_are_flat(tmp_path: Path) -> None:
+    table = lutest.load(build(runs=constant_step_runs(46.0), output=tmp_path / "t.duckdb").output)
+    for kv_len in (101, 120, 150, 163, 400):
+        assert table.decode_step_ms("low", 4, 12, kv_len) == pytest.approx(46.0, rel=1e-6)
+    for output_tokens in (2, 4, 8, 30, 64):
+        expected = 46.0 * (output_tokens - 1)
+        assert table.decode_ms("low", 4, 12, 100, output_tokens) == pytest.approx(expected, rel=1e-6)
+
+
+def test_hash_does_not_depend_on_order_files_or_threads(tmp_path: Path) -> None:
+    frame = noisy_runs()
+    frame["decode_steps_ms"] = [str(steps) for steps in frame["decode_steps_ms"]]
+    shuffled = frame.sample(frac=1.0, random_state=3)
+    parts = {"a": frame.iloc[:50], "b": frame.iloc[50:]}
+    for name, part in parts.items():
+        part.to_csv(tmp_path / f"{name}.csv", index=False)
+
+    def tables(summary: BuildSummary) -> list[pd.DataFrame]:
+        names = ("prefill", "prefill_curve", "decode", "decode_curve", "decode_total", "total", "output_length")
+        return [_query(summary.output, f"SELECT * FROM {name}") for name in names]
+
+    whole = build(runs=frame, output=tmp_path / "whole.duckdb")
+    first = build(runs=[tmp_path / "a.csv", tmp_path / "b.csv"], output=tmp_path / "1.duckdb")
+    second = build(runs=[tmp_path / "b.csv", tmp_path / "a.csv"], output=tmp_path / "2.duckdb")
+    again = build(runs=shuffled, output=tmp_path / "3.duckdb")
+    assert first.content_hash == second.content_hash
+
+    def workload(table: pd.DataFrame) -> pd.DataFrame:
+        return table.drop(columns="workload", errors="ignore")
+
+    for expected, *others in zip(tables(whole), tables(again), tables(first), strict=True):
+        for other in others:
+            pd.testing.assert_frame_equal(workload(expected), workload(other), check_exact=True)
+
+
+def _one(**changes: object) -> dict[str, object]:
+    run: dict[str, object] = {
+        "tier": "low",
+        "top_k": 4,
+        "num_blocks": 12,
+        "prompt_tokens": 100,
+        "output_tokens": 3,
+        "prefill_ms": 50.5,
+        "decode_ms": 20.25,
+    }
+    return {**run, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "detail"),
+    [
+        ({"prefill_ms": None}, "missing_value", "prefill_ms"),
+        ({"tier": None}, "missing_value", "tier"),
+        ({"decode_ms": None}, "missing_value", "decode_ms"),
+        ({"prefill_ms": "fast"}, "not_a_number", "fast"),
+        ({"top_k": True}, "not_a_number", "true"),
+        ({"prefill_ms": float("inf")}, "not_finite", "prefill_ms"),
+        ({"total_ms": "NaN"}, "not_finite", "total_ms"),
+        ({"decode_ms": -0.5}, "negative_value", "-0.5"),
+        ({"prefill_ms": 1e308}, "out_of_range", "1e+308"),
+        ({"accuracy": 1e300}, "out_of_range", "accuracy"),
+        ({"output_tokens": 0}, "no_output_tokens", "0"),
+        ({"output_tokens": 2.5}, "not_whole", "2.5"),
+        ({"top_k": 0}, "out_of_range", "top_k"),
+        ({"prefill_ms": 0}, "zero_prefill", "prefill_ms"),
+        ({"decode_steps_ms": [10.0]}, "step_count_mismatch", "1 steps for 3"),
+        ({"decode_steps_ms": [10.0, -1.0]}, "negative_value", "-1"),
+        ({"decode_steps_ms": [10.0, float("nan")]}, "not_finite", "step"),
+        ({"decode_steps_ms": [10.0, None]}, "bad_steps", "step 2"),
+        ({"decode_steps_ms": "soon"}, "bad_steps", "soon"),
+    ],
+)
+def test_structural_rejects(tmp_path: Path, changes: dict[str, object], reason: str, detail: str) -> None:
+    good = [_one(prefill_ms=50.0 + i / 7) for i in range(5)]
+    summary = build(runs=pd.DataFrame([*good, _one(**changes)], dtype=object), output=tmp_path / "t.duckdb")
+    rejected = _query(summary.output, "SELECT * FROM rejected_runs")
+    assert rejected[["row", "reason"]].to_numpy().tolist() == [[6, reason]]
+    assert detail in rejected["detail"].iat[0]
+    assert _accounts(summary.output)["rows_used"].tolist() == [5]
+
+
+def test_one_token_runs_feed_prefill_only(tmp_path: Path) -> None:
+    frame = constant_step_runs(46.0)
+    ones = frame.head(5).assign(
+        output_tokens=1, decode_ms=[0.0, 3.0, 8.0, 0.0, 99.0], prefill_ms=300.0 + np.arange(5) / 7
+    )
+    table = build(runs=pd.concat([frame, ones]), output=tmp_path / "t.duckdb").output
+    assert _query(table, "SELECT n FROM prefill").iat[0, 0] == len(frame) + 5
+    assert _query(table, "SELECT n FROM decode").iat[0, 0] == len(frame)
+    assert lutest.load(table).decode_step_ms("low", 4, 12, 130) == pytest.approx(46.0, rel=1e-6)
+
+
+def test_a_table_of_one_token_runs_alone_answers_prefill_and_says_why_it_has_no_decode(tmp_path: Path) -> None:
+    frame = pd.DataFrame([_one(output_tokens=1, decode_ms=0.0, prefill_ms=50 + i / 7) for i in range(5)])
+    entry = lutest.load(build(runs=frame, output=tmp_path / "t.duckdb").output).lookup("low", 4, 12)
+    assert entry.total_ms(100, 1) == entry.prefill_ms(100)
+    with pytest.raises(LutestError, match="one token"):
+        entry.total_ms(100, 2)
+
+
+def test_clamped_zeros_are_kept_and_counted(tmp_path: Path) -> None:
+    frame = constant_step_runs(46.0)
+    clamped = frame.head(4).assign(decode_ms=0.0, output_tokens=2, prefill_ms=[201.1, 202.2, 203.3, 204.4])
+    summary = build(runs=pd.concat([frame, clamped]), output=tmp_path / "t.duckdb")
+    assert summary.n_clamped == 4
+    assert _query(summary.output, "SELECT n, n_clamped FROM decode").to_numpy().tolist() == [[len(frame) + 4, 4]]
+    assert "outlier" not in summary.rejected
+
+
+class TestDuplicates:
+    """A run counts once, however often it lies in the folder."""
+
+    def _frame(self) -> pd.DataFrame:
+        frame = noisy_runs(runs_per_key=10)
+        frame["decode_steps_ms"] = [str(steps) for steps in frame["decode_steps_ms"]]
+        return frame
+
+    def test_rank_files_beside_their_merged_file(self, tmp_path: Path) -> None:
+        frame = self._frame()
+        folder = tmp_path / "vqa"
+        folder.mkdir()
+        frame.to_csv(folder / "runs.csv", index=False)
+        frame.iloc[::2].to_csv(folder / "runs_rank0.csv", index=False)
+        frame.iloc[1::2].to_csv(folder / "runs_rank1.csv", index=False)
+        summary = build(runs=folder, output=tmp_path / "t.duckdb")
+        assert summary.rejected == {"duplicate": len(frame)}
+        assert _accounts(summary.output)["rows_used"].sum() == len(frame)
+        alone = build(runs=folder / "runs.csv", output=tmp_path / "alone.duckdb")
+        prefill = "SELECT * FROM prefill"
+        pd.testing.assert_frame_equal(_query(summary.output, prefill), _query(alone.output, prefill))
+
+    def test_a_row_twice_in_one_file(self, tmp_path: Path) -> None:
+        frame = self._frame()
+        summary = build(runs=pd.concat([frame, frame.head(3)]), output=tmp_path / "t.duckdb")
+        assert summary.rejected == {"duplicate": 3}
+
+    def test_a_coarse_clock_makes_no_duplicates(self, tmp_path: Path) -> None:
+        frame = pd.DataFrame([_one(prefill_ms=50 + i % 3, output_tokens=1, decode_ms=0) for i in range(30)])
+        assert build(runs=frame, output=tmp_path / "t.duckdb").rejected == {}
+        frame.to_csv(tmp_path / "merged.csv", index=False)
+        frame.head(12).to_csv(tmp_path / "part.csv", index=False)
+        both = build(runs=[tmp_path / "merged.csv", tmp_path / "part.csv"], output=tmp_path / "both.duckdb")
+        assert both.rejected == {"duplicate": 12}
+
+    def test_same_times_with_other_ids_are_two_runs(self, tmp_path: Path) -> None:
+        frame = pd.DataFrame([_one(sample_id=i) for i in range(6)])
+        assert build(runs=frame, output=tmp_path / "t.duckdb").rejected == {}
+
+
+class TestOutliers:
+    """Fences on the log scale, per key, at the run's prompt length."""
+
+    def _lognormal(self, n: int, seed: int, sigma: float = 0.6) -> pd.DataFrame:
+        generator = np.random.default_rng(seed)
+        prompts = generator.integers(100, 1000, n)
+        noise = np.exp(generator.normal(0, sigma, n))
+        return pd.DataFrame([_one(prompt_tokens=p, prefill_ms=p * e) for p, e in zip(prompts, noise, strict=True)])
+
+    def test_clean_lognormal_data_keep_their_tail(self, tmp_path: Path) -> None:
+        frame = self._lognormal(4000, seed=5)
+        quartiles = np.quantile(frame["prefill_ms"], [0.25, 0.75])
+        tukey = quartiles[1] + 1.5 * (quartiles[1] - quartiles[0])
+        assert (frame["prefill_ms"] > tukey).mean() > 0.04
+        summary = build(runs=frame, output=tmp_path / "t.duckdb")
+        assert summary.rejected.get("outlier", 0) <= 1
+
+    def test_an_outlier_is_told_at_its_prompt_length(self, tmp_path: Path) -> None:
+        frame = self._lognormal(200, seed=6, sigma=0.02)
+        frame.loc[0, ["prompt_tokens", "prefill_ms"]] = [100, 500.0]  # a usual time, but of a prompt five times as long
+        summary = build(runs=frame, output=tmp_path / "t.duckdb")
+        rejected = _query(summary.output, "SELECT row, reason, detail FROM rejected_runs")
+        assert rejected[["row", "reason"]].to_numpy().tolist() == [[1, "outlier"]]
+        assert "above" in rejected["detail"].iat[0]
+        kept = build({"cleaning": {"outliers": "none"}}, runs=frame, output=tmp_path / "kept.duckdb")
+        assert kept.rejected == {}
+        wide = build({"cleaning": {"k": 100}}, runs=frame, output=tmp_path / "wide.duckdb")
+        assert wide.rejected == {}
+
+    def test_few_runs_are_not_judged(self, tmp_path: Path) -> None:
+        frame = pd.DataFrame([_one(prefill_ms=value) for value in (50.01, 50.02, 50.03, 900.01)])
+        assert build(runs=frame, output=tmp_path / "t.duckdb").rejected == {}
+
+
+class TestColumnsAndUnits:
+    """What build.yaml says of the sources' fields."""
+
+    def test_seconds(self, tmp_path: Path) -> None:
+        frame = noisy_runs(keys=[("low", 4, 12)])
+        seconds = frame.assign(
+            prefill_ms=frame["prefill_ms"] / 1e3,
+            decode_ms=frame["decode_ms"] / 1e3,
+            decode_steps_ms=[[step / 1e3 for step in steps] for steps in frame["decode_steps_ms"]],
+        )
+        expected = lutest.load(build(runs=frame, output=tmp_path / "ms.duckdb").output)
+        table = lutest.load(build({"time_unit": "s"}, runs=seconds, output=tmp_path / "s.duckdb").output)
+        for q in (0.5, 0.95):
+            assert table.total_ms("low", 4, 12, 90, 9, q) == pytest.approx(expected.total_ms("low", 4, 12, 90, 9, q))
+
+    def test_fields_sums_and_constants(self, tmp_path: Path) -> None:
+        frame = pd.DataFrame({"v": [1.5, 2.5], "l": [10.0, 20.0], "len": [7, 9], "out": [2, 2], "d": [5.0, 6.0]})
+        columns = {
+            "tier": {"constant": "it's"},
+            "top_k": {"constant": 2},
+            "num_blocks": {"constant": 3},
+            "prompt_tokens": "len",
+            "output_tokens": "out",
+            "prefill_ms": ["v", "l"],
+            "decode_ms": "d",
+        }
+        table = build({"columns": columns}, runs=frame, output=tmp_path / "t.duckdb").output
+        row = _query(table, "SELECT tier, top_k, num_blocks, min_ms, max_ms FROM prefill").to_numpy().tolist()
+        assert row == [["it's", 2, 3, 11.5, 22.5]]
+
+    def test_more_quantiles(self, tmp_path: Path) -> None:
+        frame = noisy_runs()
+        levels = [0.1, 0.5, 0.95, 0.999]
+        table = lutest.load(build({"quantiles": levels}, runs=frame, output=tmp_path / "t.duckdb").output)
+        assert table.quantiles == tuple(levels)
+        values = [table.total_ms("low", 4, 12, 100, 12, q) for q in levels]
+        assert values == sorted(values)
+        assert "p99_9_ms" in _query(Path(table.path), "SELECT * FROM prefill").columns
+
+    def test_edges_for_bins(self, tmp_path: Path) -> None:
+        frame = noisy_runs(keys=[("low", 4, 12)])
+        build({"prompt_bins": [80, 120], "kv_bins": [100]}, runs=frame, output=tmp_path / "t.duckdb")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: {"sources": [str(folder / "empty")], "output": str(folder / "t.duckdb")}, "empty"),
+        (lambda folder: {"sources": [str(folder / "nothing*.json")], "output": str(folder / "t.duckdb")}, "nothing"),
+        (lambda folder: {"sources": ["x.parquet"], "output": str(folder)}, "folder"),
+        (lambda _: {"sources": ["x.parquet"]}, "output"),
+    ],
+)
+def test_errors_are_one_line(tmp_path: Path, make: Callable[[Path], dict[str, object]], words: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LutestError, match=words) as error:
+        build(make(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_no_run_left_names_the_commonest_reason(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"2 were rejected as missing_value.*prefill_ms"):
+        build(runs=pd.DataFrame([_one(prefill_ms=None)] * 2), output=tmp_path / "t.duckdb")
+    assert not (tmp_path / "t.duckdb").exists()
+
+
+def test_old_table_survives_a_failed_build(tmp_path: Path) -> None:
+    output = build(runs=noisy_runs(), output=tmp_path / "t.duckdb").output
+    before = output.read_bytes()
+    (tmp_path / "bad.json").write_text('{"per_sample_results": [{"tier": "low"')
+    with pytest.raises(LutestError, match=r"bad\.json"):
+        build(runs=tmp_path / "bad.json", output=output)
+    assert output.read_bytes() == before
+    assert sorted(path.suffix for path in tmp_path.iterdir() if not path.name.startswith(".")) == [".duckdb", ".json"]
+
+
+def test_unknown_option_beside_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean `quantiles`"):
+        build({"quantils": [0.5]}, runs=noisy_runs(), output=tmp_path / "t.duckdb")
+
+
+def test_random_rows_are_all_accounted_for(tmp_path: Path) -> None:
+    generator = random.Random(11)
+    values: list[object] = [None, "x", -1, 0, 1, 2.5, float("nan"), float("inf"), 1e308, True, "12", [1], {}, "low", 40]
+    rows = [_one(**{name: generator.choice(values) for name in generator.sample(list(_one()), 2)}) for _ in range(400)]
+    summary = build(runs=pd.DataFrame([*rows, _one()], dtype=object), output=tmp_path / "t.duckdb")
+    assert _accounts(summary.output)["rows_read"].sum() == 401
