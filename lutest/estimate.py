@@ -1,0 +1,416 @@
+"""Estimates for one configuration: plain Python arithmetic on precomputed pieces and views."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from math import sqrt
+from typing import TYPE_CHECKING, Any
+
+from lutest.arguments import MAX_TOKENS, positive_ms, quantile_index, whole_number
+from lutest.errors import NoDecodeDataError
+from lutest.explanation import Explanation, Part
+from lutest.figures import Curve, Key, KeyFigures
+from lutest.pieces import KeyPieces, Pieces, key_pieces, sum_to, value_at
+
+__all__ = ["Entry"]
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    _View: TypeAlias = memoryview[float]
+    # prefill P50, sums to x and x - 1, median ratio, the deviation's: ratio and two terms of prefill (not for the
+    # median), sign; sums to x - 1 and ratios are by tokens, one more than steps (see lutest.grid.entry_views)
+    _TotalViews: TypeAlias = tuple[_View, _View, _View, _View, _View, _View, _View, float]
+
+_RANK = {"measured": 0, "interpolated": 1, "extrapolated": 2}
+
+
+def _support(at: tuple[int, ...], n: tuple[int, ...], low: int, high: int) -> tuple[range, bool]:
+    """Knots that values on low … high rest on, and whether any of it lies outside of all knots."""
+    first = max(0, bisect_right(at, low) - 1)
+    last = bisect_right(at, high) - 1
+    if last < 0:
+        last = 0
+    elif at[last] < high and last + 1 < len(n):
+        last += 1
+    return range(first, last + 1), low < at[0] or high > at[-1]
+
+
+def _worst(*sources: str) -> str:
+    return max(sources, key=_RANK.__getitem__)
+
+
+class Entry:
+    """The estimates for one configuration: immutable, picklable, all verbs in plain Python floats.
+
+    Attributes
+    ----------
+    key : Key
+    prefill_p50_ms, prefill_p95_ms : float or None
+        The configuration's own quantiles, all prompts together; None where the table holds no such quantile.
+    decode_step_p50_ms, decode_step_p95_ms : float or None
+        The same for one decode step, all KV lengths together; None also where no run had a step.
+    n : int
+        Accepted runs; 0 for a configuration that was filled in from its neighbours.
+    source : str
+        ``measured``, or how it was filled in: ``interpolated``, ``extrapolated``.
+    """
+
+    __slots__ = (
+        "_figures",
+        "_median",
+        "_own_prefill",
+        "_p95_views",
+        "_pieces",
+        "_prefill_views",
+        "_quantiles",
+        "_total_views",
+        "_views",
+        "decode_step_p50_ms",
+        "decode_step_p95_ms",
+        "key",
+        "n",
+        "prefill_p50_ms",
+        "prefill_p95_ms",
+        "source",
+    )
+
+    key: Key
+    prefill_p50_ms: float
+    prefill_p95_ms: float | None
+    decode_step_p50_ms: float | None
+    decode_step_p95_ms: float | None
+    n: int
+    source: str
+    _figures: KeyFigures
+    _quantiles: tuple[float, ...]
+    _median: int
+    _pieces: KeyPieces
+    _own_prefill: dict[float, float]
+    _views: tuple[memoryview[float], ...]
+    _prefill_views: dict[float, memoryview[float]]
+    _total_views: dict[float, _TotalViews]
+    _p95_views: _TotalViews
+
+    def __init__(
+        self,
+        figures: KeyFigures,
+        quantiles: tuple[float, ...],
+        views: tuple[memoryview[float], ...] = (),
+        pieces: KeyPieces | None = None,
+    ) -> None:
+        """Take the figures of one key and, for speed, its rows of the grid (see `lutest.grid.build_grid`)."""
+        median = quantiles.index(0.5)
+        tail = quantiles.index(0.95) if 0.95 in quantiles else None
+        prefill, decode = figures.prefill.quantiles_ms, figures.decode.quantiles_ms if figures.decode else None
+        pieces = key_pieces(figures, median) if pieces is None else pieces
+        prefill_views: dict[float, memoryview[float]] = {}
+        total_views: dict[float, _TotalViews] = {}
+        if views:
+            prefill_views = dict(zip(quantiles, views, strict=False))
+        if views and pieces.step is not None:
+            count = len(quantiles)
+            p50, (sums, sums_before, ratio) = views[median], views[count : count + 3]
+            total_views[0.5] = (p50, sums, sums_before, ratio, p50, p50, p50, 1.0)
+            others = [q for q in quantiles if q != 0.5]
+            for q, first in zip(others, range(count + 3, len(views), 3), strict=True):
+                u, v, spread = views[first : first + 3]
+                total_views[q] = (p50, sums, sums_before, ratio, spread, u, v, 1.0 if q > 0.5 else -1.0)
+        for name, value in (
+            ("key", figures.key),
+            ("prefill_p50_ms", prefill[median]),
+            ("prefill_p95_ms", None if tail is None else prefill[tail]),
+            ("decode_step_p50_ms", None if decode is None else decode[median]),
+            ("decode_step_p95_ms", None if decode is None or tail is None else decode[tail]),
+            ("n", figures.prefill.n),
+            ("source", figures.source),
+            ("_figures", figures),
+            ("_quantiles", quantiles),
+            ("_median", median),
+            ("_pieces", pieces),
+            ("_own_prefill", dict(zip(quantiles, prefill, strict=True))),
+            ("_views", views),
+            ("_prefill_views", prefill_views),
+            ("_total_views", total_views),
+            ("_p95_views", total_views.get(0.95, ())),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"an Entry cannot be changed: {name}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"an Entry cannot be changed: {name}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_entry, (self._figures, self._quantiles, tuple(view.tobytes() for view in self._views))
+
+    def __repr__(self) -> str:
+        tail = "" if self.prefill_p95_ms is None else f", prefill_p95_ms={self.prefill_p95_ms:.4g}"
+        step = "None" if self.decode_step_p50_ms is None else f"{self.decode_step_p50_ms:.4g}"
+        return (
+            f"<Entry {self.key.tier!r} top_k={self.key.top_k} num_blocks={self.key.num_blocks}: "
+            f"prefill_p50_ms={self.prefill_p50_ms:.4g}{tail}, decode_step_p50_ms={step}, n={self.n}, {self.source}>"
+        )
+
+    def prefill_ms(self, prompt_tokens: int | None = None, q: float = 0.5) -> float:
+        """Prefill latency: everything up to the first token.
+
+        Parameters
+        ----------
+        prompt_tokens : int, optional
+            Vision + text tokens, 0 or more. Left out: the configuration's own quantile, all prompts together.
+        q : float
+            One of the table's quantiles.
+
+        Returns
+        -------
+        float
+            Milliseconds.
+
+        Raises
+        ------
+        ArgumentError
+            An argument outside of what is allowed.
+        """
+        try:
+            if prompt_tokens is None:
+                return self._own_prefill[q]
+            if prompt_tokens >= 0:
+                return self._prefill_views[q][prompt_tokens]
+        except (IndexError, KeyError, TypeError):
+            pass  # beyond the views, or not allowed: the exact path tells
+        i = quantile_index(self._quantiles, q)
+        return self._prefill_at(None if prompt_tokens is None else whole_number("prompt_tokens", prompt_tokens, 0), i)
+
+    def decode_step_ms(self, kv_len: int, q: float = 0.5) -> float:
+        """Latency of the decode step that attends over `kv_len` tokens (1 or more), in milliseconds.
+
+        Raises
+        ------
+        ArgumentError, NoDecodeDataError
+        """
+        i = quantile_index(self._quantiles, q)
+        x = whole_number("kv_len", kv_len, 1)
+        return value_at(self._decode_pieces()[0], i, x)
+
+    def decode_ms(self, prompt_tokens: int | None, output_tokens: int, q: float = 0.5) -> float:
+        """Latency of everything after the first token: 0.0 for one output token.
+
+        Parameters
+        ----------
+        prompt_tokens : int or None
+            Vision + text tokens, 0 or more; None stands for the configuration's median prompt length.
+        output_tokens : int
+            Generated tokens, 1 or more; the first one comes out of prefill.
+        q : float
+            One of the table's quantiles.
+
+        Returns
+        -------
+        float
+            Milliseconds.
+
+        Raises
+        ------
+        ArgumentError, NoDecodeDataError
+        """
+        try:
+            if prompt_tokens is not None and 0 <= prompt_tokens < (end := prompt_tokens + output_tokens):
+                _, sums, sums_before, ratio, spread, _, _, sign = self._total_views[q]
+                steps_ms = sums_before[end] - sums[prompt_tokens]
+                if output_tokens == 1 or q == 0.5:
+                    return steps_ms * ratio[output_tokens]
+                return steps_ms * ratio[output_tokens] + sign * (steps_ms * spread[output_tokens])
+        except (IndexError, KeyError, TypeError):
+            pass
+        i, prompt, n = self._checked(prompt_tokens, output_tokens, q)
+        if n == 1:
+            return 0.0
+        steps_ms, middle, ratio_spread = self._decode_at(prompt, n, i)
+        return middle if i == self._median else middle + (1.0 if i > self._median else -1.0) * (steps_ms * ratio_spread)
+
+    def total_ms(self, prompt_tokens: int | None, output_tokens: int, q: float = 0.5) -> float:
+        """Latency of a whole run: prefill and decode, with their deviations combined as the table was calibrated.
+
+        Parameters
+        ----------
+        prompt_tokens : int or None
+            Vision + text tokens, 0 or more; None: the configuration's own prefill quantiles and median prompt length.
+        output_tokens : int
+            Generated tokens, 1 or more.
+        q : float
+            One of the table's quantiles.
+
+        Returns
+        -------
+        float
+            Milliseconds.
+
+        Raises
+        ------
+        ArgumentError, NoDecodeDataError
+        """
+        try:
+            # one comparison for: no negative prompt, no zero tokens, no wrapped-around NumPy integer, no NaN
+            if prompt_tokens is not None and 0 <= prompt_tokens < (end := prompt_tokens + output_tokens):
+                if q == 0.5:
+                    p50, sums, sums_before, ratio, _, _, _, _ = self._total_views[q]
+                    return p50[prompt_tokens] + (sums_before[end] - sums[prompt_tokens]) * ratio[output_tokens]
+                if output_tokens != 1:
+                    views = self._p95_views if q == 0.95 else self._total_views[q]
+                    p50, sums, sums_before, ratio, spread, u, v, sign = views
+                    steps_ms = sums_before[end] - sums[prompt_tokens]
+                    shared = steps_ms * spread[output_tokens] + u[prompt_tokens]
+                    deviation = sqrt(shared * shared + v[prompt_tokens])
+                    return p50[prompt_tokens] + steps_ms * ratio[output_tokens] + sign * deviation
+        except (IndexError, KeyError, TypeError, ValueError):  # ValueError: no views to unpack
+            pass
+        i, prompt, n = self._checked(prompt_tokens, output_tokens, q)
+        if n == 1:
+            return self._prefill_at(prompt, i)
+        prefill = self._prefill_at(prompt, self._median)
+        steps_ms, middle, ratio_spread = self._decode_at(prompt, n, i)
+        if i == self._median:
+            return prefill + middle
+        deviation = abs(self._prefill_at(prompt, i) - prefill)
+        correlation = self._figures.correlations[i]
+        shared = steps_ms * ratio_spread + correlation * deviation
+        # a² + d² + 2cad, as (d + ca)² + (1 - c²)a²: the parts of the prompt can be tabulated
+        combined = sqrt(shared * shared + (1.0 - correlation * correlation) * deviation * deviation)
+        return prefill + middle + (1.0 if i > self._median else -1.0) * combined
+
+    def max_output_tokens(self, budget_ms: float, prompt_tokens: int | None = None, q: float = 0.5) -> int:
+        """Largest number of output tokens whose total_ms fits the budget.
+
+        Parameters
+        ----------
+        budget_ms : float
+            Finite, above 0.
+        prompt_tokens : int, optional
+            As in `total_ms`.
+        q : float
+            One of the table's quantiles.
+
+        Returns
+        -------
+        int
+            n with ``total_ms(prompt_tokens, n, q) <= budget_ms`` and n + 1 above it, at most `MAX_TOKENS`;
+            0 if not even one token fits.
+
+        Raises
+        ------
+        ArgumentError, NoDecodeDataError
+        """
+        budget = positive_ms("budget_ms", budget_ms)
+        i, prompt, _ = self._checked(prompt_tokens, 1, q)
+        room = budget - self._prefill_at(prompt, i)
+        if room < 0.0:
+            return 0
+        guess = self._guess(prompt, room, i)
+        reach = 1
+        if self.total_ms(prompt, guess, q) <= budget:
+            low = guess
+            while low < MAX_TOKENS and self.total_ms(prompt, min(low + reach, MAX_TOKENS), q) <= budget:
+                low = min(low + reach, MAX_TOKENS)
+                reach *= 2
+            high = low + reach
+        else:
+            high = guess
+            while high - reach > 1 and self.total_ms(prompt, high - reach, q) > budget:
+                high -= reach
+                reach *= 2
+            low = max(1, high - reach)
+        high = min(high, MAX_TOKENS + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.total_ms(prompt, middle, q) <= budget:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def explain(self, prompt_tokens: int | None, output_tokens: int, q: float = 0.5) -> Explanation:
+        """The total with every part, its sample size, its source and the bounds that are known.
+
+        Parameters, units and errors as in `total_ms`.
+        """
+        i, prompt, n = self._checked(prompt_tokens, output_tokens, q)
+        figures = self._figures
+        q = self._quantiles[i]
+        curve = figures.prefill_curve
+        if prompt is None:
+            prefill_n, prefill_source = figures.prefill.n, self.source
+        else:
+            prefill_n, prefill_source = self._knots(curve, prompt, prompt)
+        prefill = Part(self._prefill_at(prompt, i), prefill_n, prefill_source, figures.prefill.p95_upper_ms)
+        start = figures.prompt_tokens_p50 if prompt is None else prompt
+        decode_step: Part | None = None
+        decode = Part(0.0, figures.prefill.n, self.source)
+        if figures.decode is not None and figures.decode_curve is not None and figures.decode_total is not None:
+            step_n, step_source = self._knots(figures.decode_curve, start + 1, start + 1)
+            first = value_at(self._decode_pieces()[0], i, start + 1)
+            decode_step = Part(first, step_n, step_source, figures.decode.p95_upper_ms)
+            if n > 1:
+                ratios = figures.decode_total
+                _, source = self._knots(figures.decode_curve, start + 1, start + n - 1)
+                knots, outside = _support(ratios.decode_steps, ratios.n, n - 1, n - 1)
+                beyond = outside and len(ratios.n) > 1  # a single ratio stands for all lengths
+                source = _worst(source, "extrapolated" if beyond else "measured")
+                runs = sum(ratios.n[j] for j in knots)
+                decode = Part(self.decode_ms(prompt, n, q), runs, source)
+        total_source = _worst(prefill.source, decode.source) if n > 1 else prefill.source
+        total_n = min(prefill.n, decode.n) if n > 1 else prefill.n
+        total = Part(self.total_ms(prompt, n, q), total_n, total_source)
+        return Explanation(self.key, prompt, n, q, prefill, decode_step, decode, total)
+
+    def _checked(self, prompt_tokens: object, output_tokens: object, q: object) -> tuple[int, int | None, int]:
+        i = quantile_index(self._quantiles, q)
+        prompt = None if prompt_tokens is None else whole_number("prompt_tokens", prompt_tokens, 0)
+        return i, prompt, whole_number("output_tokens", output_tokens, 1)
+
+    def _prefill_at(self, prompt: int | None, i: int) -> float:
+        if prompt is None:
+            return self._figures.prefill.quantiles_ms[i]
+        return value_at(self._pieces.prefill, i, prompt)
+
+    def _decode_pieces(self) -> tuple[Pieces, Pieces]:
+        _, step, ratio = self._pieces
+        if step is None or ratio is None:
+            raise NoDecodeDataError(
+                f"tier={self.key.tier!r}, top_k={self.key.top_k}, num_blocks={self.key.num_blocks}: all its runs have "
+                "one token, so nothing is known of its decode steps; only output_tokens=1 can be answered"
+            )
+        return step, ratio
+
+    def _decode_at(self, prompt: int | None, n: int, i: int) -> tuple[float, float, float]:
+        """Sum of the median steps, the median of decode_ms, and the absolute deviation of quantile i's ratio."""
+        step, ratio = self._decode_pieces()
+        start = self._figures.prompt_tokens_p50 if prompt is None else prompt
+        steps_ms = sum_to(step, self._median, start + n - 1) - sum_to(step, self._median, start)
+        middle = value_at(ratio, self._median, n - 1)
+        return steps_ms, steps_ms * middle, abs(value_at(ratio, i, n - 1) - middle)
+
+    def _guess(self, prompt: int | None, room: float, i: int) -> int:
+        """Output tokens that about fill `room` milliseconds of decode: the sum of the steps inverted piece by piece."""
+        step, ratio = self._decode_pieces()
+        start = self._figures.prompt_tokens_p50 if prompt is None else prompt
+        before = sum_to(step, self._median, start)
+        steps = 1
+        for _ in range(3):  # the ratio depends on the answer, weakly
+            target = before + room / value_at(ratio, i, steps)
+            j = max(0, bisect_right(step.sums, target) - 1)
+            rest, value, slope = target - step.sums[j], step.values[self._median][j], step.slopes[self._median][j]
+            linear = value + 0.5 * slope
+            distance = 2.0 * rest / (linear + sqrt(max(0.0, linear * linear + 2.0 * slope * rest)))
+            steps = max(1, min(MAX_TOKENS - 1, int(step.starts[j] + distance) - start))
+        return steps + 1
+
+    def _knots(self, curve: Curve, low: int, high: int) -> tuple[int, str]:
+        knots, outside = _support(curve.at, curve.n, low, high)
+        sources = [curve.source[j] for j in knots]
+        return sum(curve.n[j] for j in knots), _worst(self.source, *sources, "extrapolated" if outside else "measured")
+
+
+def _restore_entry(figures: KeyFigures, quantiles: tuple[float, ...], rows: tuple[bytes, ...]) -> Entry:
+    return Entry(figures, quantiles, tuple(memoryview(row).cast("d") for row in rows))

@@ -1,0 +1,141 @@
+"""Synthetic figures, and a table file made from them, for tests of the reading side."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import duckdb
+from hypothesis import settings
+
+from lutest.figures import Curve, Figures, Key, KeyFigures, Quality, Summary, TotalRatios
+from lutest.schema import SCHEMA_VERSION, STORAGE_VERSION, TABLES
+
+settings.register_profile("untimed", deadline=None)  # machines that run tests are shared
+settings.load_profile("untimed")
+
+QUANTILES = (0.1, 0.5, 0.95, 0.99)
+FACTORS = (0.8, 1.0, 1.4, 1.9)
+PROMPTS = {"low": (40, 90, 160), "medium": (160, 300, 420), "high": (400, 600, 801)}
+TOP_KS = (4, 8)
+NUM_BLOCKS = (12, 16)
+NO_DECODE = Key("high", 8, 16)
+SINGLE_KNOT = Key("low", 4, 12)
+
+
+def _curve(at: tuple[int, ...], median: tuple[float, ...]) -> Curve:
+    values = tuple(tuple(factor * (1 + 0.01 * j) * v for j, v in enumerate(median)) for factor in FACTORS)
+    sources = ("measured", "interpolated", "extrapolated")
+    return Curve(at, values, tuple(10 + j for j in range(len(at))), tuple(sources[j % 3 % 2] for j in range(len(at))))
+
+
+def make_key(key: Key) -> KeyFigures:
+    """Figures of one configuration: prefill and steps grow with prompt, top_k and num_blocks."""
+    work = 0.3 * key.num_blocks * (1 + 0.1 * key.top_k)
+    prompts = PROMPTS[key.tier] if key != SINGLE_KNOT else PROMPTS[key.tier][:1]
+    kv = tuple(x + step for x, step in zip(prompts, (1, 17, 90), strict=False))
+    prefill = _curve(prompts, tuple(work * (3 + 0.01 * x**1.2) for x in prompts))
+    steps = _curve(kv, tuple(work * (0.5 + 0.0007 * x) for x in kv))
+    middle = prefill.values_ms[1][len(prompts) // 2]
+    figures = KeyFigures(
+        key=key,
+        prefill=Summary(70, tuple(f * middle for f in FACTORS), 1.6 * middle, 1.1 * middle),
+        prompt_tokens_p50=prompts[len(prompts) // 2],
+        prefill_curve=prefill,
+        decode=Summary(60, tuple(f * steps.values_ms[1][0] for f in FACTORS), None, steps.values_ms[1][0]),
+        n_decode_steps=900,
+        decode_curve=steps,
+        decode_total=TotalRatios(
+            (1, 4, 16, 64),
+            ((0.85, 0.9, 0.93, 0.95), (0.99, 1.0, 1.0, 1.01), (1.5, 1.35, 1.25, 1.2), (2.2, 1.6, 1.4, 1.35)),
+            (30, 20, 10, 5),
+        ),
+        correlations=(0.1, 0.0, 0.4, 0.7),
+    )
+    if key != NO_DECODE:
+        return figures
+    return replace(
+        figures,
+        decode=None,
+        n_decode_steps=0,
+        decode_curve=None,
+        decode_total=None,
+        correlations=(0.0,) * len(QUANTILES),
+    )
+
+
+def make_figures() -> Figures:
+    """Twelve configurations; `NO_DECODE` has only one-token runs, `SINGLE_KNOT` one knot per curve."""
+    keys = tuple(make_key(Key(t, k, b)) for t in ("low", "medium", "high") for k in TOP_KS for b in NUM_BLOCKS)
+    return Figures(
+        quantiles=QUANTILES,
+        tiers=("low", "medium", "high"),
+        keys=keys,
+        output_lengths={"vqa": ((1, 5), (2, 30), (48, 4)), "web": ((7, 1),)},
+        qualities=(
+            Quality(Key("low", 4, 12), "vqa", 40, 0.5, 0.4, 0.6),
+            Quality(Key("low", 8, 12), "vqa", 1, 1.0, None, None),
+        ),
+        meta={"device": "a test", "quantiles": json.dumps(list(QUANTILES)), "schema_version": str(SCHEMA_VERSION)},
+    )
+
+
+def step_sums(curve: Curve, median: int) -> list[float]:
+    """Sum of the median curve over 1 … each knot, by a loop over every length."""
+    return [sum(curve_at(curve, median, x) for x in range(1, knot + 1)) for knot in curve.at]
+
+
+def curve_at(curve: Curve, i: int, x: int) -> float:
+    """Value of a curve by the rules of the file, written down the plain way."""
+    at, values = curve.at, curve.values_ms[i]
+    if x <= at[0]:
+        return values[0]
+    if x >= at[-1]:
+        slope = (values[-1] - values[-2]) / (at[-1] - at[-2]) if len(at) > 1 else 0.0
+        return values[-1] + max(0.0, slope) * (x - at[-1])
+    j = max(j for j, knot in enumerate(at) if knot <= x)
+    return values[j] + (values[j + 1] - values[j]) * (x - at[j]) / (at[j + 1] - at[j])
+
+
+def ratio_at(ratios: TotalRatios, i: int, m: int) -> float:
+    """Ratio at m steps, held constant outside of the knots."""
+    inside = min(max(m, ratios.decode_steps[0]), ratios.decode_steps[-1])
+    return curve_at(Curve(ratios.decode_steps, ratios.ratios, (), ()), i, inside)
+
+
+def write_file(figures: Figures, path: Path) -> Path:
+    """Write figures as a table file, as the builder would."""
+    rows: dict[str, list[tuple[object, ...]]] = {name: [] for name in TABLES}
+    for held in figures.keys:
+        key = tuple(held.key)
+        s = held.prefill
+        extent = (held.prompt_tokens_p50, 1, 9999)
+        rows["prefill"].append((*key, s.n, *s.quantiles_ms, s.p95_upper_ms, s.mean_ms, 1.0, 0.1, 99.0, *extent))
+        for j, x in enumerate(held.prefill_curve.at):
+            curve = held.prefill_curve
+            rows["prefill_curve"].append((*key, x, curve.n[j], *(v[j] for v in curve.values_ms), curve.source[j]))
+        if held.decode is None or held.decode_curve is None or held.decode_total is None:
+            continue
+        s, curve, ratios = held.decode, held.decode_curve, held.decode_total
+        spread = (s.p95_upper_ms, s.mean_ms, 1.0, "timed")
+        rows["decode"].append((*key, s.n, held.n_decode_steps, 0, *s.quantiles_ms, *spread))
+        for j, (x, total) in enumerate(zip(curve.at, step_sums(curve, figures.quantiles.index(0.5)), strict=True)):
+            values = (v[j] for v in curve.values_ms)
+            rows["decode_curve"].append((*key, x, curve.n[j], *values, total, curve.source[j]))
+        for j, m in enumerate(ratios.decode_steps):
+            rows["decode_total"].append((*key, m, ratios.n[j], *(v[j] for v in ratios.ratios), "measured"))
+        rows["total"].append((*key, s.n, *held.correlations))
+    for workload, lengths in figures.output_lengths.items():
+        rows["output_length"] += [(workload, tokens, n) for tokens, n in lengths]
+    rows["quality"] = [(*q.key, q.workload, q.n, q.accuracy, q.lower, q.upper) for q in figures.qualities]
+    rows["meta"] = list(figures.meta.items())
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH '{path}' AS written (STORAGE_VERSION '{STORAGE_VERSION}')")
+        connection.execute("USE written")
+        for table in TABLES.values():
+            columns = table.expand(figures.quantiles)
+            connection.execute(f"CREATE TABLE {table.name} ({', '.join(f'{c.name} {c.type}' for c in columns)})")
+            for row in reversed(rows[table.name]):  # a reader must not rely on their order
+                connection.execute(f"INSERT INTO {table.name} VALUES ({', '.join('?' * len(row))})", row)
+    return path
