@@ -83,13 +83,13 @@ def _write_steps(connection: duckdb.DuckDBPyConnection) -> None:
         CREATE OR REPLACE VIEW steps AS
         WITH numbered AS (
             SELECT
-                tier, top_k, num_blocks, run_hash, prompt_tokens,
+                source_id, "row", tier, top_k, num_blocks, prompt_tokens,
                 unnest(decode_steps_ms) AS step_ms,
                 unnest(coalesce(step_positions, range(1, len(decode_steps_ms) + 1)::INTEGER[])) AS position
             FROM accepted_runs
             WHERE timed
         )
-        SELECT tier, top_k, num_blocks, run_hash, position, prompt_tokens + position AS kv_len, step_ms
+        SELECT source_id, "row", tier, top_k, num_blocks, position, prompt_tokens + position AS kv_len, step_ms
         FROM numbered
         """
     )
@@ -235,16 +235,16 @@ def _write_bins(
             SELECT
                 tier, top_k, num_blocks, bin,
                 count(*) AS n,
-                count(DISTINCT run_hash) AS n_runs,
-                min({place}) AS least,
-                max({place}) AS largest,
+                count(DISTINCT (source_id, "row")) AS n_runs,
+                min({place}) AS least_{place},
+                max({place}) AS largest_{place},
                 CAST(sum({place}) AS DOUBLE) / count(*) AS mean_{place},
                 {_quantile_list(value, quantiles)}
             FROM {relation} JOIN numbered USING (tier, top_k, num_blocks, {place})
             GROUP BY tier, top_k, num_blocks, bin
         )
         SELECT
-            tier, top_k, num_blocks, bin, n, n_runs, least, largest, mean_{place} AS {place},
+            tier, top_k, num_blocks, bin, least_{place}, largest_{place}, mean_{place}, n, n_runs,
             {_quantile_columns(quantiles)}
         FROM grouped
         ORDER BY tier, top_k, num_blocks, bin
@@ -253,31 +253,46 @@ def _write_bins(
 
 
 def _write_samples(connection: duckdb.DuckDBPyConnection) -> None:
+    # Runs are picked by a hash of what they are, not of how long they took: so the order of the input does not
+    # matter, nor the unit of time. Equal ones are told apart by the order of their times.
     connection.execute(
         f"""
         CREATE OR REPLACE TABLE run_sample AS
-        SELECT
-            tier, top_k, num_blocks, run_hash, workload, prompt_tokens, output_tokens,
-            prefill_ms, decode_ms, total_ms, total_given, timed, clamped
-        FROM accepted_runs
-        QUALIFY row_number() OVER (PARTITION BY tier, top_k, num_blocks ORDER BY run_hash, source_id, "row")
-            <= {SAMPLE_RUNS_PER_KEY}
+        WITH alike AS (
+            SELECT
+                source_id, "row",
+                row_number() OVER (
+                    PARTITION BY tier, top_k, num_blocks, prompt_tokens, output_tokens
+                    ORDER BY prefill_ms, decode_ms, total_ms, run_hash
+                ) AS place
+            FROM accepted_runs
+        ),
+        hashed AS (
+            SELECT
+                source_id, "row", tier, top_k, num_blocks,
+                md5(concat_ws('|', tier, top_k, num_blocks, prompt_tokens, output_tokens, place)) AS run_hash,
+                workload, prompt_tokens, output_tokens, prefill_ms, decode_ms, total_ms, total_given, timed, clamped
+            FROM accepted_runs JOIN alike USING (source_id, "row")
+        )
+        SELECT *
+        FROM hashed
+        QUALIFY row_number() OVER (PARTITION BY tier, top_k, num_blocks ORDER BY run_hash) <= {SAMPLE_RUNS_PER_KEY}
         ORDER BY tier, top_k, num_blocks, run_hash
         """
     )
-    # Whole runs, so that what a run's steps have in common can be told; long ones first fill the quota.
+    # Whole runs, so that what the steps of a run have in common can be told.
     connection.execute(
         f"""
         CREATE OR REPLACE TABLE step_sample AS
         WITH chosen AS (
-            SELECT tier, top_k, num_blocks, run_hash
+            SELECT source_id, "row", run_hash
             FROM run_sample
             WHERE timed
             QUALIFY sum(output_tokens - 1) OVER (PARTITION BY tier, top_k, num_blocks ORDER BY run_hash)
-                <= {SAMPLE_STEPS_PER_KEY}
+                    - (output_tokens - 1) < {SAMPLE_STEPS_PER_KEY}
         )
         SELECT tier, top_k, num_blocks, run_hash, position, kv_len, step_ms
-        FROM steps SEMI JOIN chosen USING (tier, top_k, num_blocks, run_hash)
+        FROM steps JOIN chosen USING (source_id, "row")
         ORDER BY tier, top_k, num_blocks, run_hash, position
         """
     )

@@ -22,6 +22,7 @@ from .clean import write_accepted_runs
 from .config import DEFAULT_CONFIG, BuildConfig, load_config, parse_config
 from .errors import BuildError, ConfigError
 from .fit import FitInput, fit, upper_rank
+from .reader import read_figures
 from .runs import raw_fields, write_runs
 from .schema import SCHEMA_VERSION
 from .sources import Source, SourceFields, read_sources
@@ -92,7 +93,7 @@ def build(
     if output is None and not settings.output:
         raise ConfigError("no output: give `output` in the configuration, or as an argument")
     given, base = (settings.sources, settings.base) if runs is None else (_listed(runs), Path())
-    with locked(target), work_database(temporary_path(target)) as connection:
+    with locked(target) as replaced, work_database(temporary_path(replaced)) as connection:
         try:
             read_runs(connection, given, settings, base, progress)
             write_accepted_runs(connection, settings.cleaning.outliers, settings.cleaning.k)
@@ -105,7 +106,7 @@ def build(
         except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
             raise BuildError(f"{target}: the build ran out of room: {str(error).splitlines()[0]}") from error
         meta = _meta(connection, settings, fit_seconds)
-        digest = write_table(connection, target, _RELATIONS, settings.quantiles, meta)
+        digest = write_table(connection, replaced, _RELATIONS, settings.quantiles, meta, read_figures)
         return _summary(connection, target, digest, fit_seconds, time.perf_counter() - started)
 
 
@@ -172,6 +173,8 @@ def _require_runs(connection: duckdb.DuckDBPyConnection) -> None:
 _FITTED = ("decode", "prefill_curve", "decode_curve", "decode_total", "total")
 _RELATIONS = {
     "prefill": "prefill",
+    "prefill_bins": "prefill_bins",
+    "decode_bins": "decode_bins",
     **{name: f"fitted_{name}" for name in _FITTED},
     "output_length": "output_length",
     "quality": "quality",
@@ -188,9 +191,7 @@ def _fit(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> N
         FitInput(
             quantiles=quantiles,
             prefill=table("prefill"),
-            prefill_bins=table("prefill_bins"),
             decode=table("decode"),
-            decode_bins=table("decode_bins"),
             run_sample=table("run_sample"),
             step_sample=table("step_sample"),
         )

@@ -1,4 +1,4 @@
-"""Curves and calibrated totals from the aggregates and the sample of runs."""
+"""Curves and calibrated totals from the aggregates and the samples: the parts of the fit, composed."""
 
 from __future__ import annotations
 
@@ -7,24 +7,37 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy import stats
 
-from .schema import KEY_COLUMNS, quantile_column, quantile_suffix
+from .prefill_curve import fit_prefill_curve
+from .schema import KEY_COLUMNS, quantile_column
+from .step_curve import fit_step_curve
+from .step_recovery import recover_step_curve
+from .total_calibration import calibrate_totals
 
 __all__ = ["FitInput", "Fitted", "fit", "upper_rank"]
 
-KEYS = list(KEY_COLUMNS)
+_KEYS = list(KEY_COLUMNS)
 
 
 @dataclass(frozen=True)
 class FitInput:
-    """What fitting reads: aggregates per key and bin, and a bounded sample of runs and steps per key."""
+    """What fitting reads: figures per key, and a bounded sample of runs and steps per key.
+
+    Attributes
+    ----------
+    quantiles : sequence of float
+        Levels, ascending.
+    prefill, decode : DataFrame
+        Rows of the tables of the same names; quantiles of `decode` are null for keys without timed steps.
+    run_sample, step_sample : DataFrame
+        Runs, and timed steps of whole runs.
+    """
 
     quantiles: Sequence[float]
     prefill: pd.DataFrame
-    prefill_bins: pd.DataFrame
     decode: pd.DataFrame
-    decode_bins: pd.DataFrame
     run_sample: pd.DataFrame
     step_sample: pd.DataFrame
 
@@ -67,55 +80,54 @@ def upper_rank(n: int, level: float = 0.95, confidence: float = 0.95) -> int | N
 
 
 def fit(data: FitInput) -> Fitted:
-    """Fit the curves and the calibration of totals."""
-    columns = [quantile_column(q) for q in data.quantiles]
-    prefill_curve = _curve(data.prefill_bins, "prompt_tokens", columns, rising=True)
-    bins = data.decode_bins
-    totals = data.run_sample[(~data.run_sample["timed"]) & (data.run_sample["output_tokens"] >= 2)]
-    if len(totals):
-        step = totals["decode_ms"] / (totals["output_tokens"] - 1)
-        rows = []
-        for key, group in totals.assign(step=step).groupby(KEYS):
-            level = np.quantile(group["step"], data.quantiles)
-            rows.append((*key, len(group), float(group["prompt_tokens"].mean() + 1), *level))
-        fallback = pd.DataFrame(rows, columns=[*KEYS, "n", "kv_len", *columns])
-        timed = set(map(tuple, bins[KEYS].itertuples(index=False)))
-        fallback = fallback[[tuple(k) not in timed for k in fallback[KEYS].itertuples(index=False)]]
-        bins = pd.concat([bins, fallback], ignore_index=True)
-    decode_curve = _curve(bins, "kv_len", columns, rising=False)
-    decode_curve["p50_sum_ms"] = np.nan
-    for _, group in decode_curve.groupby(KEYS):
-        decode_curve.loc[group.index, "p50_sum_ms"] = _sums(group["kv_len"].to_numpy(), group["p50_ms"].to_numpy())
-    decode = data.decode.copy()
-    means = decode_curve.groupby(KEYS)[columns].mean()
-    for column in columns:
-        decode[column] = decode[column].fillna(
-            pd.Series([means[column].get(tuple(k), np.nan) for k in decode[KEYS].itertuples(index=False)], decode.index)
-        )
-    ratio = decode[KEYS].assign(decode_steps=1, n=decode["n"], source="measured")
-    total = data.prefill[KEYS].assign(n=data.prefill["n"])
-    for q, column in zip(data.quantiles, columns, strict=True):
-        ratio[f"{quantile_suffix(q)}_ratio"] = decode[column] / decode["p50_ms"]
-        total[f"{quantile_suffix(q)}_correlation"] = 1.0
-    return Fitted(decode, prefill_curve, decode_curve, ratio, total)
+    """Fit the curves of prefill and decode step, and calibrate totals on whole runs.
+
+    Steps are taken from timed steps where a key has any, and recovered from its run totals where it has none.
+    """
+    prefill_curve = fit_prefill_curve(data.run_sample, data.quantiles)
+    decode_curve = _decode_curve(data)
+    decode_total, total = calibrate_totals(data.run_sample, prefill_curve, decode_curve, data.quantiles)
+    decode = _with_recovered_quantiles(data.decode, decode_curve, data.quantiles)
+    return Fitted(decode, prefill_curve, decode_curve, decode_total, total)
 
 
-def _curve(bins: pd.DataFrame, place: str, columns: list[str], rising: bool) -> pd.DataFrame:
-    curve = bins[[*KEYS, place, "n", *columns]].copy()
-    curve[place] = curve[place].round().astype("int64")
-    curve = curve.sort_values([*KEYS, place]).drop_duplicates([*KEYS, place]).reset_index(drop=True)
-    for column in columns:
-        curve[column] = curve[column].clip(lower=1e-6)
-        if rising:
-            curve[column] = curve.groupby(KEYS)[column].cummax()
-    curve["source"] = "measured"
+def _decode_curve(data: FitInput) -> pd.DataFrame:
+    keys = pd.MultiIndex.from_frame(data.run_sample[_KEYS])
+    timed_keys = pd.MultiIndex.from_frame(data.run_sample.loc[data.run_sample["timed"], _KEYS].drop_duplicates())
+    totals = data.run_sample[~keys.isin(timed_keys)]
+    curves = []
+    if len(data.step_sample):
+        curves.append(fit_step_curve(data.step_sample, data.run_sample, data.quantiles))
+    if (totals["output_tokens"] >= 2).any():
+        curves.append(recover_step_curve(totals, data.quantiles))
+    if not curves:
+        names = [*_KEYS, "kv_len", "n", *map(quantile_column, data.quantiles), "p50_sum_ms", "source"]
+        return pd.DataFrame({name: pd.Series(dtype="float64") for name in names})
+    curve = pd.concat(curves, ignore_index=True).sort_values([*_KEYS, "kv_len"], ignore_index=True)
+    groups = curve.groupby(_KEYS, sort=False)
+    sums = [_sums(group["kv_len"].to_numpy(), group["p50_ms"].to_numpy()) for _, group in groups]
+    curve["p50_sum_ms"] = np.concatenate(sums)
     return curve
 
 
-def _sums(kv_len: np.ndarray, p50_ms: np.ndarray) -> np.ndarray:
+def _sums(kv_len: NDArray[np.int64], p50_ms: NDArray[np.float64]) -> NDArray[np.float64]:
     """Sum of the piecewise-linear P50 curve over KV lengths 1 to each knot."""
-    sums = [p50_ms[0] * kv_len[0]]
-    for left, right, low, high in zip(kv_len, kv_len[1:], p50_ms, p50_ms[1:], strict=False):
-        steps = right - left
-        sums.append(sums[-1] + steps * low + (high - low) * (steps + 1) / 2)
-    return np.array(sums)
+    gaps = np.diff(kv_len)
+    inside = gaps * p50_ms[:-1] + np.diff(p50_ms) * (gaps + 1) / 2
+    sums: NDArray[np.float64] = np.cumsum(np.concatenate([[p50_ms[0] * kv_len[0]], inside]))
+    return sums
+
+
+def _with_recovered_quantiles(
+    decode: pd.DataFrame, decode_curve: pd.DataFrame, quantiles: Sequence[float]
+) -> pd.DataFrame:
+    """Fill the figures of keys without timed steps from their curve: the mean over its knots, by steps nearest."""
+    columns = [quantile_column(q) for q in quantiles]
+    weights = decode_curve["n"].astype(float).clip(lower=1e-9)
+    weighted = decode_curve[columns].multiply(weights, axis=0).assign(weight=weights)
+    sums = weighted.groupby([decode_curve[column] for column in _KEYS]).sum()
+    means = sums[columns].div(sums["weight"], axis=0)
+    filled = decode.set_index(_KEYS)
+    filled[columns] = filled[columns].astype(float).fillna(means)
+    # A key whose totals say nothing at all (each one clamped) has no curve, and so no figures.
+    return filled.dropna(subset=columns).reset_index()

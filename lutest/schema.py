@@ -189,6 +189,36 @@ TABLES: dict[str, Table] = {
             KEY_COLUMNS,
         ),
         Table(
+            "prefill_bins",
+            "Prefill latency by bins of prompt length: plain quantiles of the runs, to hold the curve against",
+            (
+                *_KEYS,
+                Column("bin", "BIGINT", "Number of the bin, from 0"),
+                Column("least_prompt_tokens", "BIGINT", "Least prompt_tokens in the bin"),
+                Column("largest_prompt_tokens", "BIGINT", "Largest prompt_tokens in the bin"),
+                Column("mean_prompt_tokens", "DOUBLE", "Mean prompt_tokens in the bin"),
+                Column("n", "BIGINT", "Runs"),
+                Column("n_runs", "BIGINT", "Runs that they come from"),
+                Column("{q}_ms", "DOUBLE", "{q} of prefill_ms in the bin (Hyndman-Fan type 7)"),
+            ),
+            (*KEY_COLUMNS, "bin"),
+        ),
+        Table(
+            "decode_bins",
+            "Latency of timed decode steps by bins of KV length: plain quantiles of the runs, to hold the curve against",
+            (
+                *_KEYS,
+                Column("bin", "BIGINT", "Number of the bin, from 0"),
+                Column("least_kv_len", "BIGINT", "Least kv_len in the bin"),
+                Column("largest_kv_len", "BIGINT", "Largest kv_len in the bin"),
+                Column("mean_kv_len", "DOUBLE", "Mean kv_len in the bin"),
+                Column("n", "BIGINT", "Timed decode steps"),
+                Column("n_runs", "BIGINT", "Runs that they come from"),
+                Column("{q}_ms", "DOUBLE", "{q} of the steps in the bin (Hyndman-Fan type 7)"),
+            ),
+            (*KEY_COLUMNS, "bin"),
+        ),
+        Table(
             "output_length",
             "How many accepted runs produced how many tokens",
             (
