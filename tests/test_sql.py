@@ -1,0 +1,113 @@
+"""SQL on a table: read-only, and nothing but the table within reach."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from lutest.errors import ArgumentError, TableError
+from lutest.sql import connect
+
+REFUSED = (
+    "SET memory_limit = '8GB'",
+    "SET enable_external_access = true",
+    "RESET lock_configuration",
+    "ATTACH '{outside}/other.duckdb' AS other",
+    "ATTACH ':memory:' AS other",
+    "COPY prefill TO '{outside}/stolen.csv'",
+    "COPY (SELECT 1) TO '{outside}/stolen.parquet' (FORMAT parquet)",
+    "EXPORT DATABASE '{outside}/stolen'",
+    "SELECT * FROM read_csv('{outside}/secret.csv')",
+    "SELECT * FROM '{outside}/secret.csv'",
+    "SELECT * FROM read_text('{outside}/secret.csv')",
+    "SELECT * FROM glob('{outside}/*')",
+    "INSTALL httpfs",
+    "FORCE INSTALL httpfs",
+    "LOAD httpfs",
+    "LOAD '{outside}/evil.duckdb_extension'",
+    "CREATE TABLE mine (a INTEGER)",
+    "DELETE FROM prefill",
+    "UPDATE prefill SET p50_ms = 0",
+    "DROP TABLE prefill",
+    "SELECT * FROM local_rows",
+)
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    (tmp_path / "secret.csv").write_text("a\n1\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("statement", REFUSED)
+def test_refuses_what_reaches_beyond_the_table(statement: str, direct_table: Path, outside: Path) -> None:
+    import pandas as pd
+
+    local_rows = pd.DataFrame({"a": [1]})
+    assert len(local_rows) == 1  # a variable that DuckDB would find by its name, if it looked
+    before = hashlib.sha256(direct_table.read_bytes()).hexdigest()
+    with connect(direct_table) as connection, pytest.raises(duckdb.Error):
+        connection.execute(statement.replace("{outside}", str(outside)))
+    assert [path.name for path in outside.iterdir()] == ["secret.csv"]
+    assert hashlib.sha256(direct_table.read_bytes()).hexdigest() == before
+
+
+def test_no_extension_is_loaded_or_installed_on_its_own(direct_table: Path) -> None:
+    with connect(direct_table) as connection:
+        settings = connection.execute(
+            "SELECT current_setting('autoload_known_extensions'), current_setting('autoinstall_known_extensions')"
+        ).fetchone()
+    assert settings == (False, False)
+
+
+def test_answers_queries_with_macros(direct_table: Path) -> None:
+    with connect(direct_table) as connection:
+        rows = connection.execute(
+            "SELECT count(*), min(prefill_ms(tier, top_k, num_blocks, 200, 0.5)) FROM configs"
+        ).fetchall()
+    assert rows[0][0] == 27
+    assert rows[0][1] > 0
+
+
+def test_unsafe_reaches_files_but_never_writes_the_table(direct_table: Path, outside: Path) -> None:
+    with connect(direct_table, unsafe=True) as connection:
+        assert connection.execute(f"SELECT a FROM read_csv('{outside}/secret.csv')").fetchall() == [(1,)]
+        connection.execute(f"COPY (SELECT 2 AS a) TO '{outside}/written.csv'")
+        assert (outside / "written.csv").read_text() == "a\n2\n"
+        with pytest.raises(duckdb.Error, match="read-only"):
+            connection.execute("DELETE FROM prefill")
+
+
+def test_limits_hold(direct_table: Path) -> None:
+    with connect(direct_table, memory_limit="64MB", threads=1) as connection:
+        assert connection.execute("SELECT current_setting('threads')").fetchall() == [(1,)]
+        with pytest.raises(duckdb.OutOfMemoryException):
+            connection.execute("SELECT list(a) FROM range(100000000) AS r(a)").fetchall()
+
+
+def test_bad_limits_are_named(direct_table: Path) -> None:
+    with pytest.raises(ArgumentError, match="memory limit 'much'"):
+        connect(direct_table, memory_limit="much")
+    with pytest.raises(ArgumentError, match="threads is 0"):
+        connect(direct_table, threads=0)
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    path = tmp_path / "notes.duckdb"
+    path.write_text("not a database, and long enough to have a header\n" * 1000)
+    with pytest.raises(TableError, match=r"notes\.duckdb"):
+        connect(path)
+    with pytest.raises(TableError, match="no such table"):
+        connect(tmp_path / "missing.duckdb")
+    with pytest.raises(TableError, match="is a folder"):
+        connect(tmp_path)
+    assert not (tmp_path / "missing.duckdb").exists()
+
+
+def test_does_not_open_memory_for_the_name_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TableError, match="no such table"):
+        connect(":memory:")
