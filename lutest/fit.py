@@ -82,32 +82,45 @@ def upper_rank(n: int, level: float = 0.95, confidence: float = 0.95) -> int | N
 def fit(data: FitInput) -> Fitted:
     """Fit the curves of prefill and decode step, and calibrate totals on whole runs.
 
-    Steps are taken from timed steps where a key has any, and recovered from its run totals where it has none.
+    Steps are taken from timed steps where a key has any, and recovered from its run totals where it has none. All of
+    it happens in units of the median prefill: iterative solvers stop a little elsewhere on another scale, and
+    latencies in other units shall give the same table.
     """
-    prefill_curve = fit_prefill_curve(data.run_sample, data.quantiles)
-    decode_curve = _decode_curve(data)
-    decode_total, total = calibrate_totals(data.run_sample, prefill_curve, decode_curve, data.quantiles)
+    unit_ms = float(data.run_sample["prefill_ms"].median())
+    runs = _divided(data.run_sample, ["prefill_ms", "decode_ms", "total_ms"], unit_ms)
+    steps = _divided(data.step_sample, ["step_ms"], unit_ms)
+    columns = [quantile_column(q) for q in data.quantiles]
+    prefill_curve = fit_prefill_curve(runs, data.quantiles)
+    decode_curve = _decode_curve(runs, steps, data.quantiles)
+    decode_total, total = calibrate_totals(runs, prefill_curve, decode_curve, data.quantiles)
+    prefill_curve = _divided(prefill_curve, columns, 1 / unit_ms)
+    decode_curve = _with_sums(_divided(decode_curve, columns, 1 / unit_ms))
     decode = _with_recovered_quantiles(data.decode, decode_curve, data.quantiles)
     return Fitted(decode, prefill_curve, decode_curve, decode_total, total)
 
 
-def _decode_curve(data: FitInput) -> pd.DataFrame:
-    keys = pd.MultiIndex.from_frame(data.run_sample[_KEYS])
-    timed_keys = pd.MultiIndex.from_frame(data.run_sample.loc[data.run_sample["timed"], _KEYS].drop_duplicates())
-    totals = data.run_sample[~keys.isin(timed_keys)]
+def _divided(frame: pd.DataFrame, columns: list[str], unit_ms: float) -> pd.DataFrame:
+    return frame.assign(**{column: frame[column] / unit_ms for column in columns})
+
+
+def _decode_curve(runs: pd.DataFrame, steps: pd.DataFrame, quantiles: Sequence[float]) -> pd.DataFrame:
+    timed_keys = pd.MultiIndex.from_frame(runs.loc[runs["timed"], _KEYS].drop_duplicates())
+    totals = runs[~pd.MultiIndex.from_frame(runs[_KEYS]).isin(timed_keys)]
     curves = []
-    if len(data.step_sample):
-        curves.append(fit_step_curve(data.step_sample, data.run_sample, data.quantiles))
+    if len(steps):
+        curves.append(fit_step_curve(steps, runs, quantiles))
     if (totals["output_tokens"] >= 2).any():
-        curves.append(recover_step_curve(totals, data.quantiles))
+        curves.append(recover_step_curve(totals, quantiles))
     if not curves:
-        names = [*_KEYS, "kv_len", "n", *map(quantile_column, data.quantiles), "p50_sum_ms", "source"]
+        names = [*_KEYS, "kv_len", "n", *map(quantile_column, quantiles), "source"]
         return pd.DataFrame({name: pd.Series(dtype="float64") for name in names})
-    curve = pd.concat(curves, ignore_index=True).sort_values([*_KEYS, "kv_len"], ignore_index=True)
-    groups = curve.groupby(_KEYS, sort=False)
+    return pd.concat(curves, ignore_index=True).sort_values([*_KEYS, "kv_len"], ignore_index=True)
+
+
+def _with_sums(decode_curve: pd.DataFrame) -> pd.DataFrame:
+    groups = decode_curve.groupby(_KEYS, sort=False)
     sums = [_sums(group["kv_len"].to_numpy(), group["p50_ms"].to_numpy()) for _, group in groups]
-    curve["p50_sum_ms"] = np.concatenate(sums)
-    return curve
+    return decode_curve.assign(p50_sum_ms=np.concatenate(sums) if sums else 0.0)
 
 
 def _sums(kv_len: NDArray[np.int64], p50_ms: NDArray[np.float64]) -> NDArray[np.float64]:

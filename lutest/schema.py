@@ -190,7 +190,7 @@ TABLES: dict[str, Table] = {
         ),
         Table(
             "prefill_bins",
-            "Prefill latency by bins of prompt length: plain quantiles of the runs, to hold the curve against",
+            "Prefill latency by bins of prompt length: plain quantiles, to hold the curve against",
             (
                 *_KEYS,
                 Column("bin", "BIGINT", "Number of the bin, from 0"),
@@ -205,7 +205,7 @@ TABLES: dict[str, Table] = {
         ),
         Table(
             "decode_bins",
-            "Latency of timed decode steps by bins of KV length: plain quantiles of the runs, to hold the curve against",
+            "Latency of timed decode steps by bins of KV length: plain quantiles, to hold the curve against",
             (
                 *_KEYS,
                 Column("bin", "BIGINT", "Number of the bin, from 0"),

@@ -1,7 +1,13 @@
-"""The shipped runs, and the tables built from them once for all tests."""
+"""The shipped runs and the tables built from them once for all tests, the option --long, and figures to report."""
 
 from __future__ import annotations
 
+import os
+
+# The matrices are small: threads of the linear algebra library would only wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from collections import Counter
 from pathlib import Path
 
 import duckdb
@@ -10,7 +16,41 @@ import pytest
 
 from lutest.build import build
 
+# what a suite tried → how often, and what became of it
+Tally = dict[str, Counter[str]]
+TALLY = pytest.StashKey[Tally]()
+
 RUNS = Path(__file__).parent.parent / "tables" / "runs"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="300 kills, 1,000 damaged files, 100 rebuilds under 16 readers: many minutes",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TALLY] = {}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    tally = config.stash[TALLY]
+    if tally:
+        terminalreporter.section("tried, survived, lost")
+    for suite, counts in tally.items():
+        terminalreporter.line(f"{suite}: {', '.join(f'{n:,} {what}' for what, n in counts.items())}")
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--long"))
+
+
+@pytest.fixture(scope="session")
+def tally(request: pytest.FixtureRequest) -> Tally:
+    return request.config.stash[TALLY]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,127 @@
+"""The terms that a latency reward is made of: pure functions of plain floats, finite for every finite latency."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from lutest.errors import ArgumentError
+
+__all__ = ["LARGEST_OVERRUN", "Weights", "complexity", "efficiency_bonus", "smooth_penalty", "squared_overrun"]
+
+LARGEST_OVERRUN = 1e6  # budgets beyond the budget; its square is far within float32, in which trainers add rewards up
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How much each term counts; a weight of 0 leaves it out.
+
+    Attributes
+    ----------
+    smooth : float
+        β of `smooth_penalty`, its largest value.
+    steepness : float
+        s of `smooth_penalty`, above 0: with 10, that is 0.27 β at 10 % below the budget and 0.73 β at 10 % above.
+    overrun : float
+        γ of `squared_overrun`.
+    bonus : float
+        Of `efficiency_bonus`. A policy can earn it with short wrong answers, so it is 0 unless asked for, and the forms
+        that know the accuracy multiply it by that.
+    complexity : float
+        Of `complexity`, as a penalty.
+
+    Raises
+    ------
+    ArgumentError
+        A weight that is negative or not finite, or a steepness of 0.
+    """
+
+    smooth: float = 1.0
+    steepness: float = 10.0
+    overrun: float = 1.0
+    bonus: float = 0.0
+    complexity: float = 0.0
+
+    def __post_init__(self) -> None:
+        for weight in fields(self):
+            value = getattr(self, weight.name)
+            if not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
+                raise ArgumentError(f"{weight.name} is {value!r}; allowed: a finite number, 0 or more")
+        if self.steepness == 0.0:
+            raise ArgumentError(f"steepness is {self.steepness!r}; allowed: above 0")
+
+
+def smooth_penalty(latency_ms: float, budget_ms: float, weight: float = 1.0, steepness: float = 10.0) -> float:
+    """Soft step at the budget: ``weight · σ(steepness · (latency / budget − 1))``.
+
+    Parameters
+    ----------
+    latency_ms, budget_ms : float
+        Milliseconds; the budget is above 0.
+    weight, steepness : float
+        β and s.
+
+    Returns
+    -------
+    float
+        Half of the weight at the budget, never above the weight.
+    """
+    x = steepness * (latency_ms / budget_ms - 1.0)
+    if x >= 0.0:
+        return weight / (1.0 + math.exp(-x))
+    small = math.exp(x)  # exp of what is below 0 cannot overflow
+    return weight * small / (1.0 + small)
+
+
+def squared_overrun(latency_ms: float, budget_ms: float, weight: float = 1.0) -> float:
+    """What lies above the budget, in budgets, squared: ``weight · (max(0, latency − budget) / budget)²``.
+
+    Parameters
+    ----------
+    latency_ms, budget_ms : float
+        Milliseconds; the budget is above 0.
+    weight : float
+        γ.
+
+    Returns
+    -------
+    float
+        0 within the budget; no larger than for an overrun of `LARGEST_OVERRUN` budgets.
+    """
+    overrun = min(max(0.0, latency_ms / budget_ms - 1.0), LARGEST_OVERRUN)
+    return weight * overrun * overrun
+
+
+def efficiency_bonus(latency_ms: float, budget_ms: float, weight: float = 1.0) -> float:
+    """Share of the budget that is left: ``weight · max(0, 1 − latency / budget)``.
+
+    Parameters
+    ----------
+    latency_ms, budget_ms : float
+        Milliseconds; the budget is above 0.
+    weight : float
+        Its largest value, for a latency of 0.
+
+    Returns
+    -------
+    float
+    """
+    return weight * max(0.0, 1.0 - latency_ms / budget_ms)
+
+
+def complexity(top_k: int, num_blocks: int, most_top_k: int, most_num_blocks: int) -> float:
+    """Share of expert calls that a configuration makes: ``top_k · num_blocks`` over that of the largest one.
+
+    Parameters
+    ----------
+    top_k, num_blocks : int
+        Experts per token and active blocks.
+    most_top_k, most_num_blocks : int
+        The largest that there are.
+
+    Returns
+    -------
+    float
+        1 for the largest configuration.
+    """
+    return top_k * num_blocks / (most_top_k * most_num_blocks)

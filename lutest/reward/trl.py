@@ -1,0 +1,102 @@
+"""The reward form of TRL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lutest.reward.latency import LatencyOutcome, LatencyReward
+from lutest.reward.rollout import Completion, column_rows
+
+__all__ = ["TRLReward"]
+
+
+@dataclass(frozen=True)
+class TRLReward:
+    """A reward function for `GRPOTrainer` and `RLOOTrainer`: ``reward_funcs=[accuracy, TRLReward(latency_reward)]``.
+
+    TRL (1.16.0: ``GRPOTrainer._calculate_rewards``) calls it with keywords alone: ``prompts``, ``completions``,
+    ``completion_ids`` (lists without padding, up to and with the end-of-sequence token), every column of the data set
+    as a list of one value per completion, and ``trainer_state``, ``log_extra``, ``log_metric``, ``environments``.
+    Completions are strings, or lists of messages for a conversational data set. It takes the name that it logs under
+    from ``__name__``, and leaves the None of a row out of the sum of rewards.
+
+    Where ``log_metric`` is passed, it gets the means over the batch: ``latency/ms`` and ``latency/over_limit`` (share
+    of rollouts above what they were held against) of the known configurations, ``latency/unknown`` (share of
+    configurations that are not in the table), and each term: ``latency/smooth_penalty``, ``latency/squared_overrun``,
+    ``latency/efficiency_bonus``, ``latency/complexity_penalty``. Where ``log_extra`` is passed, it gets the columns
+    ``latency_ms`` and ``latency_decided_by``.
+
+    Parameters
+    ----------
+    reward : LatencyReward
+    name : str
+        What TRL logs the reward under.
+    """
+
+    reward: LatencyReward
+    name: str = "latency_reward"
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __call__(
+        self,
+        prompts: Sequence[object],
+        completions: Sequence[Completion],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        log_extra: Callable[[str, list[object]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: object,
+    ) -> list[float | None]:
+        """Rewards of a batch.
+
+        Parameters
+        ----------
+        prompts : sequence
+            Only counted.
+        completions : sequence of str or of messages
+        completion_ids : sequence of sequence of int, optional
+        log_extra, log_metric : callable, optional
+        **columns
+            Columns of the data set; those that `reward.columns` does not name are ignored.
+
+        Returns
+        -------
+        list of float or None
+            None for a rollout without configuration.
+
+        Raises
+        ------
+        ArgumentError, UnknownKeyError, NoDecodeDataError
+            As `LatencyReward.judge`.
+        """
+        names = self.reward.columns
+        given = columns if completion_ids is None else {**columns, names.completion_ids: completion_ids}
+        rows = column_rows(given, names.names, len(prompts))
+        outcomes = self.reward.judge_rows(rows, completions)
+        if log_metric is not None:
+            for metric, value in _metrics([outcome for outcome in outcomes if outcome is not None]).items():
+                log_metric(metric, value)
+        if log_extra is not None:
+            log_extra("latency_ms", [None if outcome is None else outcome.latency_ms for outcome in outcomes])
+            log_extra("latency_decided_by", [None if outcome is None else outcome.decided_by for outcome in outcomes])
+        return [None if outcome is None else outcome.reward for outcome in outcomes]
+
+
+def _metrics(outcomes: Sequence[LatencyOutcome]) -> dict[str, float]:
+    if not outcomes:
+        return {}
+    known = [outcome.latency_ms for outcome in outcomes if outcome.latency_ms is not None]
+    metrics = {
+        "latency/unknown": 1.0 - len(known) / len(outcomes),
+        "latency/smooth_penalty": sum(o.smooth_penalty for o in outcomes) / len(outcomes),
+        "latency/squared_overrun": sum(o.squared_overrun for o in outcomes) / len(outcomes),
+        "latency/efficiency_bonus": sum(o.efficiency_bonus for o in outcomes) / len(outcomes),
+        "latency/complexity_penalty": sum(o.complexity_penalty for o in outcomes) / len(outcomes),
+    }
+    if known:
+        metrics["latency/ms"] = sum(known) / len(known)
+        metrics["latency/over_limit"] = sum(bool(outcome.over_limit) for outcome in outcomes) / len(known)
+    return metrics

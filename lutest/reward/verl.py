@@ -1,0 +1,174 @@
+"""The reward form of verl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+from lutest.errors import ArgumentError
+from lutest.reward.latency import LatencyReward
+from lutest.reward.rollout import Columns
+from lutest.reward.terms import Weights
+
+__all__ = ["VerlReward", "compute_score"]
+
+Score = Callable[..., float | dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class VerlReward:
+    """A custom reward function for verl, which takes the place of its whole score.
+
+    verl (0.9.1: ``get_custom_reward_fn`` in ``verl/trainer/ppo/reward.py`` and its reward managers) loads a file by its
+    path and takes an object of it by name::
+
+        compute_score = VerlReward(LatencyReward("table.duckdb", 500.0), score=my_accuracy)
+
+    It calls it with the keywords ``data_source``, ``solution_str`` (special tokens left out), ``ground_truth`` and
+    ``extra_info``, with ``reward_kwargs`` of its configuration, and where it runs a reward model also with
+    ``reward_router_address`` and ``reward_model_tokenizer``; from a thread pool, or from Ray actors to which it was
+    pickled. It passes no token ids: the length comes from `extra_info` or from `LatencyReward.count_tokens`.
+
+    Parameters
+    ----------
+    reward : LatencyReward
+        Reads the configuration from ``extra_info``, under the names of its columns.
+    score : callable, optional
+        Called as verl would call it; its score counts in full and, held to 0 … 1, scales the efficiency bonus.
+    without_configuration : float
+        Latency reward of a row that has none; verl takes no None.
+    """
+
+    reward: LatencyReward
+    score: Score | None = None
+    without_configuration: float = 0.0
+
+    def __call__(
+        self,
+        data_source: str,
+        solution_str: str,
+        ground_truth: object,
+        extra_info: Mapping[str, object] | None = None,
+        **reward_kwargs: object,
+    ) -> dict[str, Any]:
+        """Score of a rollout.
+
+        Parameters
+        ----------
+        data_source, solution_str, ground_truth, extra_info
+            As verl passes them.
+        **reward_kwargs
+            Handed on to `score`.
+
+        Returns
+        -------
+        dict
+            ``score``: what verl trains on, the sum of what `score` gives and the latency reward; ``acc``: what `score`
+            gave, for verl's validation; ``latency_reward``, ``latency_ms``, ``latency_limit_ms``,
+            ``latency_over_limit``, ``latency_unknown``; and the other fields that `score` gave. Always the same keys,
+            which verl relies on; None, which verl leaves out of its means, where there is no figure.
+
+        Raises
+        ------
+        ArgumentError, UnknownKeyError, NoDecodeDataError
+            As `LatencyReward.judge`.
+        """
+        given: dict[str, Any] = {}
+        accuracy = 0.0
+        if self.score is not None:
+            scored = self.score(
+                data_source=data_source,
+                solution_str=solution_str,
+                ground_truth=ground_truth,
+                extra_info=extra_info,
+                **reward_kwargs,
+            )
+            given = dict(scored) if isinstance(scored, Mapping) else {"score": scored}
+            accuracy = float(given["score"])
+            given.setdefault("acc", accuracy)
+        outcome = self.reward.judge(
+            {} if extra_info is None else extra_info, solution_str, 1.0 if self.score is None else accuracy
+        )
+        over_limit = None if outcome is None else outcome.over_limit
+        latency_reward = self.without_configuration if outcome is None else outcome.reward
+        return {
+            **given,
+            "score": accuracy + latency_reward,
+            "latency_reward": latency_reward,
+            "latency_ms": None if outcome is None else outcome.latency_ms,
+            "latency_limit_ms": None if outcome is None else outcome.limit_ms,
+            "latency_over_limit": None if over_limit is None else float(over_limit),
+            "latency_unknown": None if outcome is None else float(outcome.unknown),
+        }
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: object,
+    extra_info: Mapping[str, object] | None = None,
+    *,
+    reward_router_address: str | None = None,
+    reward_model_tokenizer: object = None,
+    **reward_kwargs: object,
+) -> dict[str, Any]:
+    """`VerlReward` from verl's configuration alone, without a file of one's own.
+
+    Parameters
+    ----------
+    data_source, solution_str, ground_truth, extra_info
+        As verl passes them.
+    reward_router_address, reward_model_tokenizer
+        Handed on to `score` where verl passes them.
+    **reward_kwargs
+        Arguments of `LatencyReward`, `table` among them, and of `VerlReward`. Functions may be given as
+        ``"package.module:name"``, `weights` and `columns` as mappings. Made once per process for the same arguments::
+
+            reward.custom_reward_function:
+              path: pkg://lutest.reward
+              name: compute_score
+              reward_kwargs: {table: table.duckdb, budget_ms: 500, score: "my_project.rewards:accuracy"}
+
+    Returns
+    -------
+    dict
+        As `VerlReward`.
+
+    Raises
+    ------
+    TableError, ArgumentError, UnknownKeyError, NoDecodeDataError
+    """
+    try:
+        options: dict[str, Any] = {name: _option(name, value) for name, value in reward_kwargs.items()}
+        reward = _reward(**options)
+    except TypeError as error:
+        raise ArgumentError(f"reward_kwargs: {error}") from error
+    if reward_router_address is None:
+        return reward(data_source, solution_str, ground_truth, extra_info)
+    return reward(
+        data_source,
+        solution_str,
+        ground_truth,
+        extra_info,
+        reward_router_address=reward_router_address,
+        reward_model_tokenizer=reward_model_tokenizer,
+    )
+
+
+def _option(name: str, value: object) -> object:
+    if name in ("weights", "columns") and isinstance(value, Mapping):
+        return (Weights if name == "weights" else Columns)(**value)
+    if name in ("parse", "count_tokens", "score") and isinstance(value, str):
+        module, separator, function = value.partition(":")
+        if not separator or not module or not function:
+            raise ArgumentError(f"{name} is {value!r}; allowed: a function, or 'package.module:name'")
+        return getattr(import_module(module), function)
+    return value
+
+
+@lru_cache(maxsize=16)
+def _reward(score: Score | None = None, without_configuration: float = 0.0, **options: Any) -> VerlReward:
+    return VerlReward(LatencyReward(**options), score, without_configuration)
