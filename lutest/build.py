@@ -134,10 +134,13 @@ def work_database(folder: Path | None = None) -> Iterator[duckdb.DuckDBPyConnect
             folder = Path(tempfile.mkdtemp(prefix="lutest-"))
         else:
             folder.mkdir()
-        connection = duckdb.connect(str(folder / "work.duckdb"))
-    except (OSError, duckdb.IOException) as error:
-        raise BuildError(f"{folder}: cannot make a work database: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise BuildError(f"{folder or tempfile.gettempdir()}: cannot make a work folder: {error.strerror}") from error
     try:
+        try:
+            connection = duckdb.connect(str(folder / "work.duckdb"))
+        except duckdb.Error as error:
+            raise BuildError(f"{folder}: cannot make a work database: {str(error).splitlines()[0]}") from error
         with connection:
             connection.execute("SET preserve_insertion_order = false")
             yield connection
@@ -187,6 +190,10 @@ def _fit(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> N
     def table(name: str) -> pd.DataFrame:
         return connection.execute(f"SELECT * FROM {name} ORDER BY ALL").df()
 
+    outliers = connection.execute("SELECT count(*) FROM rejections WHERE reason = 'outlier'").fetchone()
+    accepted = connection.execute("SELECT count(*) FROM accepted_runs").fetchone()
+    assert outliers is not None
+    assert accepted is not None
     fitted = fit(
         FitInput(
             quantiles=quantiles,
@@ -194,6 +201,7 @@ def _fit(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> N
             decode=table("decode"),
             run_sample=table("run_sample"),
             step_sample=table("step_sample"),
+            outlier_share=outliers[0] / (outliers[0] + accepted[0]),
         )
     )
     for name in _FITTED:

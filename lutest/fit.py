@@ -19,6 +19,7 @@ from .total_calibration import calibrate_totals
 __all__ = ["FitInput", "Fitted", "fit", "upper_rank"]
 
 _KEYS = list(KEY_COLUMNS)
+_LEAST_STEP = 1e-9  # of the median prefill: steps are fitted on the log scale, and a coarse clock reads 0
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class FitInput:
         Rows of the tables of the same names; quantiles of `decode` are null for keys without timed steps.
     run_sample, step_sample : DataFrame
         Runs, and timed steps of whole runs.
+    outlier_share : float
+        Share of the sound runs that were left out as outliers.
     """
 
     quantiles: Sequence[float]
@@ -40,6 +43,7 @@ class FitInput:
     decode: pd.DataFrame
     run_sample: pd.DataFrame
     step_sample: pd.DataFrame
+    outlier_share: float
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,13 @@ def fit(data: FitInput) -> Fitted:
     unit_ms = float(data.run_sample["prefill_ms"].median())
     runs = _divided(data.run_sample, ["prefill_ms", "decode_ms", "total_ms"], unit_ms)
     steps = _divided(data.step_sample, ["step_ms"], unit_ms)
+    steps["step_ms"] = steps["step_ms"].clip(lower=_LEAST_STEP)
     columns = [quantile_column(q) for q in data.quantiles]
     prefill_curve = fit_prefill_curve(runs, data.quantiles)
     decode_curve = _decode_curve(runs, steps, data.quantiles)
-    decode_total, total = calibrate_totals(runs, prefill_curve, decode_curve, data.quantiles)
+    decode_total, total = calibrate_totals(
+        runs, prefill_curve, decode_curve, data.quantiles, outlier_share=data.outlier_share
+    )
     prefill_curve = _divided(prefill_curve, columns, 1 / unit_ms)
     decode_curve = _with_sums(_divided(decode_curve, columns, 1 / unit_ms))
     decode = _with_recovered_quantiles(data.decode, decode_curve, data.quantiles)

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from .quantile_regression import Observations, Surface, fit_surface, isotonic
-from .schema import KEY_COLUMNS, quantile_column
+from .curve_knots import curve_knots
+from .latency_surface import fit_surface
+from .observations import read_observations
+from .schema import KEY_COLUMNS
 
-__all__ = ["curve_knots", "fit_prefill_curve", "observations"]
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
+__all__ = ["fit_prefill_curve"]
 
 _KEYS = list(KEY_COLUMNS)
-_FOLDS = 5
 _FIT_RUNS_PER_KEY = 400
-_GRID_PLACES = 65
-_LEAST_KNOTS = 5
-_MOST_KNOTS = 15
-_TOLERANCE = 5e-4  # of the latency, by which a line between knots may miss the curve
 
 
 def fit_prefill_curve(run_sample: pd.DataFrame, quantiles: Sequence[float]) -> pd.DataFrame:
@@ -45,143 +37,11 @@ def fit_prefill_curve(run_sample: pd.DataFrame, quantiles: Sequence[float]) -> p
 
     Notes
     -----
-    See `lutest.quantile_regression` for the estimator and its sources. Curves are made non-decreasing by isotonic
+    See `lutest.latency_surface` for the estimator and its sources. Curves are made non-decreasing by isotonic
     regression. Beyond all prompt lengths of a key they follow what all keys share, and beyond those of all keys a line.
     """
     runs = run_sample.sort_values([*_KEYS, "run_hash", "prompt_tokens", "prefill_ms"], ignore_index=True)
-    data, keys = observations(runs, "prompt_tokens", "prefill_ms")
+    data, keys = read_observations(runs, "prompt_tokens", "prefill_ms")
     position = runs.groupby(_KEYS).cumcount().to_numpy()
     surface = fit_surface(data.rows(position < _FIT_RUNS_PER_KEY), quantiles)
     return curve_knots(surface, data, keys, "prompt_tokens", quantiles, rising=True)
-
-
-def observations(frame: pd.DataFrame, place: str, latency: str) -> tuple[Observations, pd.DataFrame]:
-    """Observations of a frame sorted by key and run, and its keys.
-
-    Parameters
-    ----------
-    frame : DataFrame
-        Columns tier, top_k, num_blocks, run_hash, `place`, `latency`, sorted by key, then run.
-    place, latency : str
-        Columns of the length and of the latency in milliseconds.
-
-    Returns
-    -------
-    Observations, DataFrame
-        All of weight 1; one row of tier, top_k, num_blocks per key.
-    """
-    new_key = (frame[_KEYS] != frame[_KEYS].shift()).any(axis=1).to_numpy()
-    key = np.cumsum(new_key) - 1
-    keys = frame.loc[new_key, _KEYS].reset_index(drop=True)
-    new_run = new_key | (frame["run_hash"] != frame["run_hash"].shift()).to_numpy()
-    run = np.cumsum(new_run) - 1
-    first_run = run[new_key]
-    # Each key's runs go round the folds; keys begin at different ones, so that keys of few runs fill all of them.
-    fold = (run - first_run[key] + key) % _FOLDS
-    data = Observations(
-        place=np.maximum(frame[place].to_numpy(dtype=np.float64), 1.0),
-        log_ms=np.log(frame[latency].to_numpy(dtype=np.float64)),
-        key=key.astype(np.int64),
-        fold=fold.astype(np.int64),
-        weight=np.ones(len(frame)),
-        tiers=np.unique(keys["tier"], return_inverse=True)[1].astype(np.int64),
-        sizes=np.log(np.maximum(keys[["top_k", "num_blocks"]].to_numpy(dtype=np.float64), 1.0)),
-    )
-    return data, keys
-
-
-def curve_knots(
-    surface: Surface, data: Observations, keys: pd.DataFrame, place: str, quantiles: Sequence[float], *, rising: bool
-) -> pd.DataFrame:
-    """Knots of piecewise-linear curves through a fitted surface.
-
-    Parameters
-    ----------
-    surface : Surface
-        Fitted quantiles.
-    data : Observations
-        Where the keys were measured.
-    keys : DataFrame
-        tier, top_k, num_blocks of each key.
-    place : str
-        Name of the length's column.
-    quantiles : sequence of float
-        Levels of the surface.
-    rising : bool
-        Whether the curves must not fall.
-
-    Returns
-    -------
-    DataFrame
-        Columns tier, top_k, num_blocks, `place`, n, one a quantile, source; sorted by key and place.
-    """
-    least, largest = float(data.place.min()), float(data.place.max())
-    bounds = np.searchsorted(data.key, np.arange(len(keys) + 1))
-    grids = [_grid(data.place[bounds[key] : bounds[key + 1]]) for key in range(len(keys))]
-    grid_key = np.repeat(np.arange(len(keys)), [len(grid) for grid in grids])
-    levels = np.split(np.exp(surface.log_ms(grid_key, np.concatenate(grids))), np.cumsum([len(g) for g in grids])[:-1])
-    parts = []
-    for key, (grid, curves) in enumerate(zip(grids, levels, strict=True)):
-        if rising:
-            curves = np.stack([isotonic(curve, np.ones(len(grid))) for curve in curves.T], axis=1)
-        chosen = _chosen_knots(grid, curves)
-        knots, values = grid[chosen].astype(np.int64), curves[chosen]
-        places = data.place[bounds[key] : bounds[key + 1]]
-        n = np.bincount(_nearest(knots, places), minlength=len(knots))
-        source = np.where(n > 0, "measured", "interpolated").astype(object)
-        inside = max(grid[-1] - grid[0], 0.0) / 4
-        first, last = int(knots[0]), int(knots[-1])
-        if first > 1:
-            # Never steeper than in proportion to the length: a latency has a part that no token causes.
-            slope = min(_relative_slope(surface, key, first, max(first / 2, least), first + inside), 1 / first)
-            knots, n, source = np.r_[1, knots], np.r_[0, n], np.r_[["extrapolated"], source]
-            values = np.vstack([values[:1] * (1 - slope * (first - 1)), values])
-        slope = _relative_slope(surface, key, last, min(2 * last, largest), last - inside)
-        knots, n, source = np.r_[knots, 2 * last], np.r_[n, 0], np.r_[source, ["extrapolated"]]
-        values = np.vstack([values, values[-1:] * (1 + slope * last)])
-        part = pd.DataFrame({column: keys[column].iloc[[key] * len(knots)].to_numpy() for column in _KEYS})
-        part[place] = knots
-        part["n"] = n
-        for column, q in enumerate(quantiles):
-            part[quantile_column(q)] = values[:, column]
-        part["source"] = source
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
-
-
-def _grid(places: Floats) -> Floats:
-    """Whole lengths from the least to the largest, dense enough to show the curve's shape."""
-    least, largest = places.min(), places.max()
-    return np.unique(np.round(np.geomspace(least, largest, _GRID_PLACES)))
-
-
-def _nearest(knots: Integers, places: Floats) -> Integers:
-    return np.searchsorted((knots[1:] + knots[:-1]) / 2, places)
-
-
-def _chosen_knots(grid: Floats, curves: Floats) -> Integers:
-    """Knots added one by one where the line between those chosen misses the curves most."""
-    if len(grid) <= _LEAST_KNOTS:
-        return np.arange(len(grid))
-    chosen = np.unique(np.searchsorted(grid, np.linspace(grid[0], grid[-1], _LEAST_KNOTS)))
-    while len(chosen) < _MOST_KNOTS:
-        lines = np.stack([np.interp(grid, grid[chosen], curve[chosen]) for curve in curves.T], axis=1)
-        miss = np.abs(lines / curves - 1).max(axis=1)
-        worst = int(miss.argmax())
-        if miss[worst] < _TOLERANCE:
-            break
-        chosen = np.sort(np.append(chosen, worst))
-    return chosen
-
-
-def _relative_slope(surface: Surface, key: int, edge: float, beyond: float, inside: float) -> float:
-    """Growth of the centre per unit of length at the edge of a key's lengths, as a share of its value there.
-
-    Taken from other keys' lengths beyond the edge where there are any, else from the key's own. Quantiles that all go
-    on with this share keep their ratios, so they never cross.
-    """
-    place = beyond if beyond != edge else inside
-    if place == edge:
-        return 0.0
-    location = surface.location(np.array([key, key]), np.array([place, edge], dtype=np.float64))
-    return max(float(np.expm1(location[0] - location[1]) / (place - edge)), 0.0)

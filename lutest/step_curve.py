@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .prefill_curve import curve_knots, observations
-from .quantile_regression import fit_centre, fit_surface
+from .curve_knots import curve_knots
+from .latency_surface import fit_centre, fit_surface
+from .observations import read_observations
 from .schema import KEY_COLUMNS, quantile_column
 
 __all__ = ["fit_step_curve"]
@@ -43,7 +44,7 @@ def fit_step_curve(step_sample: pd.DataFrame, run_sample: pd.DataFrame, quantile
 
     Notes
     -----
-    See `lutest.quantile_regression` for the estimator. Steps of a run resemble each other: with an intraclass
+    See `lutest.latency_surface` for the estimator. Steps of a run resemble each other: with an intraclass
     correlation r, estimated from the residuals of a first fit by the analysis of variance, the m steps of a run are
     worth m / (1 + r (m - 1)) steps (Kish's design effect), which they share equally.
 
@@ -57,7 +58,7 @@ def fit_step_curve(step_sample: pd.DataFrame, run_sample: pd.DataFrame, quantile
     if steps.empty:
         columns = [*_KEYS, "kv_len", "n", *map(quantile_column, quantiles), "source"]
         return pd.DataFrame(columns=columns)
-    data, keys = observations(steps, "kv_len", "step_ms")
+    data, keys = read_observations(steps, "kv_len", "step_ms")
     run = np.cumsum((steps[[*_KEYS, "run_hash"]] != steps[[*_KEYS, "run_hash"]].shift()).any(axis=1).to_numpy()) - 1
     picked = _thinned(data.key, run)
     thin = data.rows(picked)

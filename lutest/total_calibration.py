@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from scipy import optimize
 
 from .schema import KEY_COLUMNS, quantile_column, quantile_suffix
 
-__all__ = ["calibrate_totals"]
+__all__ = ["Fold", "calibrate_totals"]
 
 KEYS = list(KEY_COLUMNS)
 MAX_KNOTS = 12
@@ -29,11 +30,21 @@ Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
 
+class Fold(NamedTuple):
+    """Runs, by their ``run_hash``, and the curves fitted to all others."""
+
+    run_hashes: Collection[str]
+    prefill_curve: pd.DataFrame
+    decode_curve: pd.DataFrame
+
+
 def calibrate_totals(
     run_sample: pd.DataFrame,
     prefill_curve: pd.DataFrame,
     decode_curve: pd.DataFrame,
     quantiles: Sequence[float],
+    folds: Sequence[Fold] = (),
+    outlier_share: float = 0.0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Calibrate quantiles of ``decode_ms`` and ``total_ms`` on whole runs.
 
@@ -46,6 +57,12 @@ def calibrate_totals(
         Knots of the fitted curves, as in the tables of the same names (``p50_sum_ms`` is not read).
     quantiles : sequence of float
         Levels, ascending, 0.5 among them.
+    folds : sequence of Fold, optional
+        Runs, and the curves fitted without them: each run is then judged by curves that never saw it. Runs of no fold,
+        and of keys that a fold's curves lack, are judged by the curves themselves.
+    outlier_share : float, optional
+        Share of the runs that were left out as outliers. Nearly all of them are slow, and there will be more: level q
+        of all runs is level q / (1 - share) of those that are left, for q above 0.5.
 
     Returns
     -------
@@ -70,9 +87,11 @@ def calibrate_totals(
     to that of a run as m grows, their median from median to mean. A key's own quantile counts as far as the coverages
     of the keys differ by more than chance. Levels beyond the sample are continued by an exponential tail [3]_.
 
-    D was fitted on the same runs: residuals are too small by sqrt(1 - h), and new runs lie off by sqrt(1 + h), where
-    h = H / runs of the key. H in [0, 1] is read off the spread of the keys' mean residuals: 1 where the curve of each
-    key follows its own runs, so that none is left. Ranks are those of conformal prediction, (n + 1) · q [4]_.
+    Without folds D was fitted on the same runs: residuals are too small by sqrt(1 - h), and new runs lie off by
+    sqrt(1 + h), where h = H / runs of the key. H in [0, 1] is read off the spread of the keys' mean residuals: 1 where
+    the curve of each key follows its own runs, so that none is left. That knows of levels alone: where curves bend
+    towards single runs (few runs, small noise), only folds tell how far new runs lie off. Ranks are
+    those of conformal prediction, (n + 1) · q [4]_.
 
     A total's correlation is the least c with which a share q of the runs (same ranks, same correction) is at most
     P50 + sqrt(a² + d² + 2·c·a·d), each run weighted by its say in c, 2·a·d / (a² + d²); mirrored for levels below 0.5.
@@ -88,7 +107,8 @@ def calibrate_totals(
     .. [4] Y. Romano, E. Patterson and E. J. Candès, Conformalized quantile regression, NeurIPS (2019).
     """
     levels = np.asarray(quantiles, dtype=float)
-    keys = _keys(run_sample, prefill_curve, decode_curve, levels)
+    sought = np.where(levels > 0.5, np.minimum(levels / (1 - outlier_share), (1 + levels) / 2), levels)
+    keys = _keys(run_sample, Fold(frozenset(), prefill_curve, decode_curve), folds, levels)
     ratio_columns = [f"{quantile_suffix(q)}_ratio" for q in levels]
     correlation_columns = [f"{quantile_suffix(q)}_correlation" for q in levels]
     rows = []
@@ -98,10 +118,10 @@ def calibrate_totals(
         if not part:
             continue
         knots = _knots(part)
-        ratios, inflation = _decode_ratios(part, knots, levels)
+        ratios, inflation = _decode_ratios(part, knots, sought, cross_fitted=len(folds) > 0)
         tables = [_rows(key, knots, own, levels) for key, own in zip(part, ratios, strict=True)]
         final = np.stack([table[ratio_columns].to_numpy(float) for table in tables])
-        found = _correlations(part, final, knots, inflation, levels)
+        found = _correlations(part, final, knots, inflation, sought)
         correlations.update({key.name: found for key in part})
         rows.extend(tables)
     columns = [*KEYS, "decode_steps", "n", *ratio_columns, "source"]
@@ -132,6 +152,10 @@ class _Curve:
         place = np.clip(np.searchsorted(self.knots, x, side="right") - 1, 0, None)
         distance = np.maximum(x - self.knots[place], 0.0)
         return np.asarray(self.values[place] + distance[:, None] * self._slopes()[place])
+
+    def sum_between(self, start: Array, stop: Array, level: int) -> Array:
+        """Sum of one level over start + 1, …, stop."""
+        return self.sum_to(stop, level) - self.sum_to(start, level)
 
     def sum_to(self, x: Array, level: int) -> Array:
         """Sum of one level over 1, 2, …, x."""
@@ -173,44 +197,50 @@ class _Key:
     steadiness: float
 
 
-def _keys(
-    run_sample: pd.DataFrame, prefill_curve: pd.DataFrame, decode_curve: pd.DataFrame, levels: Array
-) -> list[_Key]:
+def _keys(run_sample: pd.DataFrame, whole: Fold, folds: Sequence[Fold], levels: Array) -> list[_Key]:
     columns = [quantile_column(q) for q in levels]
     middle = _middle(levels)
-    prefill = _curves(prefill_curve, "prompt_tokens", columns)
-    decode = _curves(decode_curve, "kv_len", columns)
+    curves = [
+        (_curves(fold.prefill_curve, "prompt_tokens", columns), _curves(fold.decode_curve, "kv_len", columns))
+        for fold in (whole, *folds)
+    ]
+    prefill, decode = curves[0]
     runs = run_sample[run_sample["output_tokens"] >= 2]
     # Sums of floats depend on their order; rows come in any.
-    runs = runs.sort_values([*KEYS, "output_tokens", "prompt_tokens", "decode_ms", "prefill_ms", "total_ms"])
+    order = [*KEYS, "output_tokens", "prompt_tokens", "decode_ms", "prefill_ms", "total_ms"]
+    runs = runs.sort_values([*order, "run_hash"] if folds else order)
     keys = []
     for name, group in runs.groupby(KEYS):
         if name not in decode or name not in prefill:
             continue
         prompt = group["prompt_tokens"].to_numpy(float)
         steps = group["output_tokens"].to_numpy(float) - 1
-        timed = bool(group["timed"].any())
-        expected = decode[name].sum_to(prompt + steps, middle) - decode[name].sum_to(prompt, middle)
-        median_prompt = np.array([np.median(prompt)])
-        one_step = decode[name].at(median_prompt + 1)[:, middle]
         first = prefill[name].at(prompt)
+        expected = decode[name].sum_between(prompt, prompt + steps, middle)
+        for fold, (own_prefill, own_decode) in zip(folds, curves[1:], strict=True):
+            mine = group["run_hash"].isin(fold.run_hashes).to_numpy()
+            if mine.any() and name in own_prefill and name in own_decode:
+                first[mine] = own_prefill[name].at(prompt[mine])
+                expected[mine] = own_decode[name].sum_between(prompt[mine], (prompt + steps)[mine], middle)
+        timed = bool(group["timed"].any())
+        median_prompt = np.array([np.median(prompt)])
         # Passes that are subtracted each carry the noise of a prefill; timed runs at most that of a step or so.
-        fixed = 1 / steps if timed else first[:, middle] / expected
-        fixed_one = 1.0 if timed else float((prefill[name].at(median_prompt)[:, middle] / one_step)[0])
+        fixed, fixed_one = 1 / steps, 1.0
+        if not timed:
+            fixed = first[:, middle] / expected
+            fixed_one = float((prefill[name].at(median_prompt) / decode[name].at(median_prompt + 1))[0, middle])
+        seen = (group[column].to_numpy(float) for column in ("prefill_ms", "decode_ms", "total_ms"))
+        prefill_ms, decode_ms, total_ms = seen
         keys.append(
             _Key(
                 name,
                 timed,
                 steps,
-                group["decode_ms"].to_numpy(float) / expected,
+                decode_ms / expected,
                 fixed,
                 expected,
                 first,
-                (
-                    group["prefill_ms"].to_numpy(float),
-                    group["decode_ms"].to_numpy(float),
-                    group["total_ms"].to_numpy(float),
-                ),
+                (prefill_ms, decode_ms, total_ms),
                 fixed_one,
                 decode[name].steadiness(middle),
             )
@@ -230,7 +260,7 @@ def _middle(levels: Array) -> int:
     return int(np.flatnonzero(levels == 0.5)[0])
 
 
-def _decode_ratios(keys: list[_Key], knots: Array, levels: Array) -> tuple[Array, Array]:
+def _decode_ratios(keys: list[_Key], knots: Array, levels: Array, cross_fitted: bool) -> tuple[Array, Array]:
     """Ratios, keys × knots × levels, and what the deviation of each run is to be multiplied by."""
     sizes = np.array([len(key.steps) for key in keys])
     owner = np.repeat(np.arange(len(keys)), sizes)
@@ -252,7 +282,9 @@ def _decode_ratios(keys: list[_Key], knots: Array, levels: Array) -> tuple[Array
     spread = _spread(components[owner], steps, fixed)
     u = residual / spread
 
-    level, shrinkage = _leverage(u, spread, steps, owner, len(keys))
+    level, shrinkage = np.zeros(len(keys)), np.ones_like(u)
+    if not cross_fitted:
+        level, shrinkage = _leverage(u, spread, steps, owner, len(keys))
     full = u / shrinkage
     shape = _local_quantiles(at, full, place, levels)
     shifts = np.empty((len(keys), len(levels)))

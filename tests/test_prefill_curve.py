@@ -132,6 +132,16 @@ def test_knots_tell_where_runs_stand() -> None:
         assert list(knots["source"].iloc[[0, -1]]) == ["extrapolated"] * 2
 
 
+def test_few_prompt_lengths_get_a_knot_each() -> None:
+    runs = sample(40, noise=0.01)
+    runs["prompt_tokens"] = 100 * 2 ** (runs["run_hash"] % 6).astype(int)
+    exact = true_ms(runs["top_k"], runs["num_blocks"], runs["prompt_tokens"])
+    curve = fit_prefill_curve(runs.assign(prefill_ms=exact), [0.5, 0.95])
+    for _, knots in curve.groupby(KEYS):
+        assert {100, 200, 400, 800, 1600, 3200} <= set(knots.loc[knots["n"] > 0, "prompt_tokens"])
+    np.testing.assert_allclose(at(curve, runs, "p50_ms"), exact, rtol=0.01)
+
+
 def test_a_gap_between_prompt_lengths_is_called_interpolated() -> None:
     runs = sample(40)
     runs["prompt_tokens"] = np.where(runs["run_hash"] % 2 == 0, 50, 600) + (runs["run_hash"] % 3).astype(int)

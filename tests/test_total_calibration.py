@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lutest.prefill_curve import fit_prefill_curve
 from lutest.schema import KEY_COLUMNS, quantile_column, quantile_suffix
 from lutest.step_curve import fit_step_curve
-from lutest.total_calibration import calibrate_totals
+from lutest.total_calibration import Fold, calibrate_totals
 
 KEYS = list(KEY_COLUMNS)
 LEVELS = (0.05, 0.5, 0.95)
@@ -60,7 +60,8 @@ def flat_curves(
     normal = {0.05: -1.6449, 0.5: 0.0, 0.95: 1.6449, 0.99: 2.3263}
     prefill, decode = [], []
     for name, group in runs.groupby(KEYS):
-        step_ms, prefill_ms = 10.0 + 3 * name[1], 200.0 + 20 * name[1]
+        number = int(group["top_k"].iloc[0])
+        step_ms, prefill_ms = 10.0 + 3 * number, 200.0 + 20 * number
         if fitted:
             many = group[group["output_tokens"] >= 2]
             step_ms = float(np.median(many["decode_ms"] / (many["output_tokens"] - 1)))
@@ -162,6 +163,19 @@ def test_ten_runs_a_key_cover_although_curves_follow_them() -> None:
         predicted = predict(fresh, *curves, *calibrate_totals(seen, *curves, LEVELS), 0.95)
         shares.append([(predicted[f"{what}_ms"] <= predicted[f"{what}_q"]).mean() for what in ("decode", "total")])
     assert np.mean(shares, axis=0) == pytest.approx([0.95, 0.95], abs=0.02)
+
+
+def test_folds_judge_runs_by_curves_that_never_saw_them() -> None:
+    runs = make_runs(80, 1, seed=23, run_spread=0.2, step_spread=0.01)
+    following, true = flat_curves(runs, fitted=True), flat_curves(runs)
+    blind, _ = calibrate_totals(runs, *following, LEVELS)
+    told, _ = calibrate_totals(runs, *following, LEVELS, [Fold(set(runs["run_hash"]), *true)])
+    assert (blind["p95_ratio"] < 1.05).all()
+    assert told["p95_ratio"].mean() == pytest.approx(np.exp(1.6449 * 0.2), rel=0.1)
+    part = set(runs["run_hash"].iloc[::2])
+    rest = set(runs["run_hash"]) - part
+    halves, _ = calibrate_totals(runs, *following, LEVELS, [Fold(rest, *true), Fold(part, *true)])
+    pd.testing.assert_frame_equal(halves, told)
 
 
 def test_small_noise_gives_tight_bounds() -> None:
