@@ -20,6 +20,7 @@ import pandas as pd
 from .aggregate import write_aggregates
 from .clean import write_accepted_runs
 from .config import DEFAULT_CONFIG, BuildConfig, load_config, parse_config
+from .discovery import printable
 from .errors import BuildError, ConfigError
 from .fit import FitInput, fit, upper_rank
 from .reader import read_figures
@@ -45,13 +46,32 @@ class SourceSummary:
 
 @dataclass(frozen=True)
 class BuildSummary:
-    """What a build did."""
+    """What a build did.
+
+    Attributes
+    ----------
+    output : Path
+        The table.
+    content_hash : str
+        Hash of its logical rows.
+    sources : tuple of SourceSummary
+        Runs read, used and rejected, per source.
+    rejected : dict
+        Reason → number of runs.
+    n_clamped : int
+        Runs used whose decode was clamped at zero.
+    n_kept_beyond_fences : int
+        Runs beyond the outlier fences that were kept, for they are more than 5 % of all: a tail, not outliers.
+    fit_seconds, seconds : float
+        How long fitting, and all of it, took.
+    """
 
     output: Path
     content_hash: str
     sources: tuple[SourceSummary, ...]
     rejected: dict[str, int]
     n_clamped: int
+    n_kept_beyond_fences: int
     fit_seconds: float
     seconds: float
 
@@ -96,7 +116,7 @@ def build(
     with locked(target) as replaced, work_database(temporary_path(replaced)) as connection:
         try:
             read_runs(connection, given, settings, base, progress)
-            write_accepted_runs(connection, settings.cleaning.outliers, settings.cleaning.k)
+            n_kept = write_accepted_runs(connection, settings.cleaning.outliers, settings.cleaning.k)
             _require_runs(connection)
             write_aggregates(connection, settings.quantiles, settings.prompt_bins, settings.kv_bins, upper_rank)
             fit_started = time.perf_counter()
@@ -107,7 +127,7 @@ def build(
             raise BuildError(f"{target}: the build ran out of room: {str(error).splitlines()[0]}") from error
         meta = _meta(connection, settings, fit_seconds)
         digest = write_table(connection, replaced, _RELATIONS, settings.quantiles, meta, read_figures)
-        return _summary(connection, target, digest, fit_seconds, time.perf_counter() - started)
+        return _summary(connection, target, digest, n_kept, fit_seconds, time.perf_counter() - started)
 
 
 def read_runs(
@@ -166,11 +186,21 @@ def _require_runs(connection: duckdb.DuckDBPyConnection) -> None:
     if connection.execute("SELECT 1 FROM accepted_runs LIMIT 1").fetchone():
         return
     worst = connection.execute(
-        "SELECT reason, count(*) AS n, first(detail) FROM rejections GROUP BY reason ORDER BY n DESC, reason LIMIT 1"
+        """
+        SELECT reason, count(*) AS n, min((source_id, "row", path, detail)) AS example
+        FROM rejections JOIN source_files USING (source_id)
+        GROUP BY reason
+        ORDER BY n DESC, reason
+        LIMIT 1
+        """
     ).fetchone()
     if worst is None:
-        raise BuildError("the sources hold no runs at all")
-    raise BuildError(f"no run is left to build on; {worst[1]} were rejected as {worst[0]}, such as: {worst[2]}")
+        empty = [path for (path,) in connection.execute("SELECT path FROM source_files ORDER BY path").fetchall()]
+        more = f", nor do {len(empty) - 1} more sources" if len(empty) > 1 else ""
+        raise BuildError(f"{printable(empty[0])} holds no runs{more}")
+    reason, n, (_, row, path, detail) = worst
+    where = f"{printable(path)}, row {row}"
+    raise BuildError(f"no run is left to build on; {n} were rejected as {reason}, such as {where}: {detail}")
 
 
 _FITTED = ("decode", "prefill_curve", "decode_curve", "decode_total", "total")
@@ -271,7 +301,12 @@ def _meta(connection: duckdb.DuckDBPyConnection, settings: BuildConfig, fit_seco
 
 
 def _summary(
-    connection: duckdb.DuckDBPyConnection, target: Path, digest: str, fit_seconds: float, seconds: float
+    connection: duckdb.DuckDBPyConnection,
+    target: Path,
+    digest: str,
+    n_kept: int,
+    fit_seconds: float,
+    seconds: float,
 ) -> BuildSummary:
     accounts = connection.execute(
         "SELECT path, rows_read, rows_used, rows_rejected FROM sources ORDER BY path"
@@ -287,6 +322,7 @@ def _summary(
         sources=tuple(SourceSummary(*row) for row in accounts),
         rejected=dict(reasons),
         n_clamped=clamped[0],
+        n_kept_beyond_fences=n_kept,
         fit_seconds=fit_seconds,
         seconds=seconds,
     )

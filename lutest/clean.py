@@ -8,10 +8,11 @@ __all__ = ["write_accepted_runs"]
 
 LEAST_RUNS = 12  # with fewer runs, quartiles say too little to call a run an outlier
 MOST_BINS = 8  # medians that the line over prompt length goes through
+MOST_OUTLIERS = 0.05  # share of runs above which what lies beyond the fences is the tail that P95 is about
 LEAST_SPREAD = 0.01  # interquartile range in log units below which a key's noise is that of the clock
 
 
-def write_accepted_runs(connection: duckdb.DuckDBPyConnection, outliers: str, k: float) -> None:
+def write_accepted_runs(connection: duckdb.DuckDBPyConnection, outliers: str, k: float) -> int:
     """Create ``rejections`` (source_id, row, reason, detail) and the view ``accepted_runs`` over ``runs``.
 
     Parameters
@@ -23,6 +24,11 @@ def write_accepted_runs(connection: duckdb.DuckDBPyConnection, outliers: str, k:
     k : float
         Fences stand `k` interquartile ranges beyond the quartiles.
 
+    Returns
+    -------
+    int
+        Runs beyond the fences that were kept, for there are too many of them to be outliers.
+
     Notes
     -----
     Latency is skewed to the right: fences on the raw scale cut off the tail that P95 is about. Here they stand on
@@ -30,7 +36,9 @@ def write_accepted_runs(connection: duckdb.DuckDBPyConnection, outliers: str, k:
     outliers do not bend the line that they are judged by (Tukey, Exploratory Data Analysis, 1977, ch. 2 and 7).
     Prefill is judged in every run, the mean decode step only where steps were timed: by subtraction, short outputs
     are mostly noise, and noise is not an outlier.
-    Keys with few runs, or with most of their runs at one value of a coarse clock, are not judged.
+    Keys with few runs, or with most of their runs at one value of a coarse clock, are not judged. Where more than 5 %
+    of all runs lie beyond the fences, they are no outliers but a second mode of the machine (a busy neighbour, a hot
+    GPU) that will come again: they are kept.
     """
     connection.execute(
         """
@@ -39,15 +47,18 @@ def write_accepted_runs(connection: duckdb.DuckDBPyConnection, outliers: str, k:
         """
     )
     _reject_duplicates(connection)
+    kept = 0
     if outliers == "iqr":
-        _reject_outliers(connection, "prefill_ms", "prefill_ms", "TRUE", k)
-        _reject_outliers(connection, "decode step", "decode_ms / (output_tokens - 1)", "timed AND decode_ms > 0", k)
+        kept += _reject_outliers(connection, "prefill_ms", "prefill_ms", "TRUE", k)
+        step = "decode_ms / (output_tokens - 1)"
+        kept += _reject_outliers(connection, "decode step", step, "timed AND decode_ms > 0", k)
     connection.execute(
         """
         CREATE OR REPLACE VIEW accepted_runs AS
         SELECT * FROM runs ANTI JOIN rejections USING (source_id, "row")
         """
     )
+    return kept
 
 
 def _reject_duplicates(connection: duckdb.DuckDBPyConnection) -> None:
@@ -90,10 +101,10 @@ def _reject_duplicates(connection: duckdb.DuckDBPyConnection) -> None:
     )
 
 
-def _reject_outliers(connection: duckdb.DuckDBPyConnection, name: str, value: str, condition: str, k: float) -> None:
+def _reject_outliers(connection: duckdb.DuckDBPyConnection, name: str, value: str, condition: str, k: float) -> int:
     connection.execute(
         f"""
-        INSERT INTO rejections
+        CREATE OR REPLACE TEMP TABLE judged AS
         WITH candidates AS (
             SELECT source_id, "row", tier, top_k, num_blocks, ln(1 + prompt_tokens) AS x, {value} AS value,
                 ln({value}) AS y
@@ -149,11 +160,20 @@ def _reject_outliers(connection: duckdb.DuckDBPyConnection, name: str, value: st
             FROM residuals
             GROUP BY tier, top_k, num_blocks
             HAVING count(*) >= {LEAST_RUNS} AND q3 > q1
-        ),
-        judged AS (
-            SELECT *, residual < q1 - reach AS low, residual > q3 + reach AS high
-            FROM residuals JOIN fences USING (tier, top_k, num_blocks)
         )
+        SELECT source_id, "row", value, residual < q1 - reach AS low, residual > q3 + reach AS high
+        FROM residuals JOIN fences USING (tier, top_k, num_blocks)
+        """,
+        {"k": k},
+    )
+    counts = connection.execute("SELECT count(*), count(*) FILTER (low OR high) FROM judged").fetchone()
+    assert counts is not None
+    n_judged, n_beyond = counts
+    if n_beyond > MOST_OUTLIERS * n_judged:
+        return int(n_beyond)
+    connection.execute(
+        f"""
+        INSERT INTO rejections
         SELECT
             source_id,
             "row",
@@ -166,3 +186,4 @@ def _reject_outliers(connection: duckdb.DuckDBPyConnection, name: str, value: st
         """,
         {"k": k},
     )
+    return 0

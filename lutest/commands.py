@@ -56,6 +56,9 @@ def build(arguments: argparse.Namespace) -> None:
         print(f"  {count(n, 'run')} rejected: {reason}")
     if summary.n_clamped:
         print(f"  {count(summary.n_clamped, 'run')} clamped at zero decode: kept as censored from below")
+    if summary.n_kept_beyond_fences:
+        kept = count(summary.n_kept_beyond_fences, "run")
+        print(f"  {kept} beyond the outlier fences: kept, for over 5 % of all runs are a tail, not outliers")
     print()
     print(_key_table(keys, upper=False))
     print(f"\nwritten to {summary.output} in {summary.seconds:.1f} s, content hash {summary.content_hash}")

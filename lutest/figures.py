@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Curve", "Figures", "Key", "KeyFigures", "Quality", "Summary", "TotalRatios"]
+__all__ = ["Curve", "Figures", "FillError", "Key", "KeyFigures", "Quality", "Summary", "TotalRatios"]
 
 
 class Key(NamedTuple):
@@ -58,6 +58,21 @@ class TotalRatios:
 
 
 @dataclass(frozen=True)
+class FillError:
+    """How far off figures are that were filled in from other configurations.
+
+    Attributes
+    ----------
+    prefill, decode_step : float or None
+        Root mean square of the relative difference between the plain P50 of each measured configuration of the tier
+        and what the others would give for it (leave one key out); None with fewer than two of them.
+    """
+
+    prefill: float | None
+    decode_step: float | None
+
+
+@dataclass(frozen=True)
 class KeyFigures:
     """Everything that a table says of one configuration; the decode parts are None where no run had a step."""
 
@@ -71,6 +86,7 @@ class KeyFigures:
     decode_total: TotalRatios | None
     correlations: tuple[float, ...]
     source: str = "measured"
+    fill_error: FillError | None = None
 
 
 @dataclass(frozen=True)

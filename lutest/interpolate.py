@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lutest.errors import UnknownKeyError
-from lutest.figures import Curve, Figures, Key, KeyFigures, Summary, TotalRatios
+from lutest.figures import Curve, Figures, FillError, Key, KeyFigures, Summary, TotalRatios
 
 __all__ = ["interpolate_key"]
 
@@ -35,7 +35,7 @@ def interpolate_key(figures: Figures, key: Key) -> KeyFigures:
     -------
     KeyFigures
         ``n`` is 0 everywhere; ``source`` is ``interpolated`` inside of the convex hull of the neighbours, else
-        ``extrapolated``.
+        ``extrapolated``; ``fill_error`` says how far off the neighbours are when filled in from each other.
 
     Raises
     ------
@@ -70,8 +70,36 @@ def interpolate_key(figures: Figures, key: Key) -> KeyFigures:
         decode_total=None,
         correlations=(0.0,) * len(figures.quantiles),
         source=source,
+        fill_error=_fill_error(neighbours, median),
     )
     return _with_decode(filled, [held for held in neighbours if held.decode is not None], median)
+
+
+def _fill_error(neighbours: Sequence[KeyFigures], median: int) -> FillError:
+    prefill = [(held.key, held.prefill_curve, held.prompt_tokens_p50, held.prefill) for held in neighbours]
+    decode = [
+        (held.key, held.decode_curve, held.prompt_tokens_p50 + 1, held.decode)
+        for held in neighbours
+        if held.decode_curve is not None and held.decode is not None
+    ]
+    return FillError(_left_out_error(prefill, median), _left_out_error(decode, median))
+
+
+def _left_out_error(held: Sequence[tuple[Key, Curve, int, Summary]], median: int) -> float | None:
+    """Root mean square relative error of the curves of the others against each key's plain median of its runs.
+
+    The plain one, since the curves of all keys were fitted together, and know of the key that is left out.
+    """
+    if len(held) < 2:
+        return None
+    places = np.array([(key.top_k, key.num_blocks) for key, *_ in held], dtype=np.float64)
+    errors = []
+    for left_out, (key, _, at, summary) in enumerate(held):
+        others = [j for j in range(len(held)) if j != left_out]
+        logs = np.log([_resampled(held[j][1].at, [held[j][1].values_ms[median]], [at])[0][0] for j in others])
+        miss = float(_weights(places[others], key) @ logs) - np.log(summary.quantiles_ms[median])
+        errors.append(np.expm1(np.clip(miss, -_LARGEST_LOG, _LARGEST_LOG)))
+    return float(np.sqrt(np.mean(np.square(errors))))
 
 
 def _with_decode(filled: KeyFigures, neighbours: Sequence[KeyFigures], median: int) -> KeyFigures:

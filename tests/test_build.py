@@ -266,6 +266,22 @@ class TestOutliers:
         wide = build({"cleaning": {"k": 100}}, runs=frame, output=tmp_path / "wide.duckdb")
         assert wide.rejected == {}
 
+    def test_a_second_mode_of_the_machine_is_kept(self, tmp_path: Path) -> None:
+        frame = self._lognormal(400, seed=7, sigma=0.02)
+        slow = np.random.default_rng(8).random(400) < 0.1
+        frame.loc[slow, "prefill_ms"] *= 1.5
+        summary = build(runs=frame, output=tmp_path / "t.duckdb")
+        assert "outlier" not in summary.rejected
+        assert summary.n_kept_beyond_fences == slow.sum()
+        table = lutest.load(summary.output)
+        fresh = self._lognormal(400, seed=9, sigma=0.02)
+        fresh.loc[np.random.default_rng(10).random(400) < 0.1, "prefill_ms"] *= 1.5
+        below = [
+            ms <= table.prefill_ms("low", 4, 12, int(prompt), 0.95)
+            for ms, prompt in zip(fresh["prefill_ms"], fresh["prompt_tokens"], strict=True)
+        ]
+        assert 0.92 <= np.mean(below) <= 0.98
+
     def test_few_runs_are_not_judged(self, tmp_path: Path) -> None:
         frame = pd.DataFrame([_one(prefill_ms=value) for value in (50.01, 50.02, 50.03, 900.01)])
         assert build(runs=frame, output=tmp_path / "t.duckdb").rejected == {}
