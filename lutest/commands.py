@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .table import LatencyTable
 
-__all__ = ["build", "convert", "diagnose", "evaluate", "feasible", "info", "lookup", "sql", "verify"]
+__all__ = ["build", "convert", "diagnose", "evaluate", "feasible", "info", "lookup", "profile", "sql", "verify"]
 
 _LEAST_RUNS_FOR_BOUND = 59  # fewer runs have no distribution-free 95 % upper bound of a P95
 _MOST_SOURCES_SHOWN = 20
@@ -85,7 +85,7 @@ def convert(arguments: argparse.Namespace) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Judge a table by runs and print the figures."""
     from .evaluate import evaluate as evaluate_table
-    from .evaluation import render_evaluation
+    from .evaluate.evaluation import render_evaluation
     from .sql import database_errors
 
     with database_errors(), _progress_bar() as progress:
@@ -99,7 +99,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def diagnose(arguments: argparse.Namespace) -> None:
     """Print what is wrong with runs."""
     from .diagnose import diagnose as diagnose_runs
-    from .finding import render_findings
+    from .diagnose.finding import render_findings
     from .sql import database_errors
 
     with database_errors(), _progress_bar() as progress:
@@ -228,6 +228,43 @@ def feasible(arguments: argparse.Namespace) -> None:
     print(format_table(headers, [list(record.values()) for record in found]))
 
 
+def profile(arguments: argparse.Namespace) -> None:
+    """Profile a model with random weights and print what was recorded."""
+    from .profile.output_lengths import parse_output_lengths
+    from .profile.sweep import run_sweep
+
+    lengths = None if arguments.output_lengths is None else parse_output_lengths(arguments.output_lengths)
+    with _run_bar(arguments.minutes) as progress:
+        summary = run_sweep(
+            arguments.output,
+            arguments.preset,
+            tiers=arguments.tiers,
+            top_k=arguments.top_k,
+            num_blocks=arguments.blocks,
+            output_lengths=lengths,
+            runs_per_key=arguments.runs,
+            minutes=arguments.minutes,
+            warmup_rounds=arguments.warmup,
+            seed=arguments.seed,
+            device=arguments.device,
+            threads=arguments.threads,
+            synchronization=arguments.synchronization,
+            progress=progress,
+        )
+    if arguments.json:
+        _print_json(_plain(summary))
+        return
+    print(f"{summary.model}, on {summary.device}")
+    print(
+        f"{count(summary.n_recorded, 'run')} of {count(summary.n_keys, 'configuration')} recorded in {summary.output} "
+        f"in {summary.seconds:.0f} s, {summary.n_missing:,} still to do; {count(summary.n_warmup, 'warm-up run')} left out"
+    )
+    share = (
+        f", {summary.step_overhead_us / 10 / summary.step_p50_ms:.2g} % of its median" if summary.step_p50_ms else ""
+    )
+    print(f"recording adds {summary.step_overhead_us:.2g} µs to a decode step{share}")
+
+
 def sql(arguments: argparse.Namespace) -> None:
     """Run a query and print its rows."""
     import csv
@@ -336,6 +373,26 @@ def _progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
             name = one_line(what)[-40:]
             if bar.desc != f"{name}: ":
                 bar.set_description(name)
+
+        yield show
+
+
+@contextlib.contextmanager
+def _run_bar(minutes: float | None) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar of runs with the time left on a terminal; in a pipe, nothing."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    limit = "" if minutes is None else f"at most {minutes:g} min"
+    with tqdm(unit="run", desc=limit, leave=False, dynamic_ncols=True, file=sys.stderr) as bar:
+
+        def show(done: int, total: int) -> None:
+            if bar.total is None:  # what earlier sessions did says nothing of the time left
+                bar.total = total
+                bar.initial = bar.n = done - 1
+            bar.update(done - bar.n)
 
         yield show
 

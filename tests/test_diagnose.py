@@ -230,11 +230,21 @@ def test_duplicates(healthy: pd.DataFrame) -> None:
 def test_outliers(healthy: pd.DataFrame) -> None:
     assert finding("outliers", healthy).severity == "ok"
     slow = healthy.copy()
+    slow.loc[::24, "prefill_ms"] *= 20
+    found = finding("outliers", slow)
+    assert found.severity == "note"
+    assert found.figures["n_slow"] == 10
+    assert found.figures["n_fast"] == 0
+
+
+def test_too_many_for_outliers_are_kept(healthy: pd.DataFrame) -> None:
+    slow = healthy.copy()
     slow.loc[::10, "prefill_ms"] *= 20
     found = finding("outliers", slow)
     assert found.severity == "warning"
-    assert found.figures["n_slow"] == 24
-    assert found.figures["n_fast"] == 0
+    assert found.figures["n_outliers"] == 0
+    assert found.figures["n_kept"] == 24
+    assert "a build keeps them" in found.sentence
 
 
 def test_raw_fences_cut_a_tail_that_the_fences_of_a_build_keep() -> None:

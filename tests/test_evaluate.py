@@ -17,7 +17,7 @@ from lutest.build import build
 from lutest.convert import convert
 from lutest.errors import SourceError
 from lutest.evaluate import evaluate, render_evaluation
-from lutest.evaluation import BANDS, Evaluation, Score
+from lutest.evaluate.evaluation import BANDS, Evaluation, Score
 from lutest.figures import Key
 from tests.runs_frame import noisy_runs
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lutest.metrics import (
+from lutest.evaluate.metrics import (
     coverage,
     mape,
     mean_absolute_error,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .report import one_line
+from ..report import one_line
 
 __all__ = ["SEVERITIES", "Finding", "Severity", "brief_ms", "graded", "percent", "render_findings"]
 

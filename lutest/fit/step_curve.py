@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..schema import KEY_COLUMNS, quantile_column
 from .curve_knots import curve_knots
 from .latency_surface import fit_centre, fit_surface
 from .observations import read_observations
-from .schema import KEY_COLUMNS, quantile_column
 
 __all__ = ["fit_step_curve"]
 
@@ -39,12 +39,12 @@ def fit_step_curve(step_sample: pd.DataFrame, run_sample: pd.DataFrame, quantile
     -------
     DataFrame
         Knots per key that has timed steps: tier, top_k, num_blocks, kv_len, n (steps nearest to the knot), one
-        ``pXX_ms`` a level, and source, as in `lutest.prefill_curve.fit_prefill_curve`. Curves may fall within the
+        ``pXX_ms`` a level, and source, as in `lutest.fit.prefill_curve.fit_prefill_curve`. Curves may fall within the
         measured lengths.
 
     Notes
     -----
-    See `lutest.latency_surface` for the estimator. Steps of a run resemble each other: with an intraclass
+    See `lutest.fit.latency_surface` for the estimator. Steps of a run resemble each other: with an intraclass
     correlation r, estimated from the residuals of a first fit by the analysis of variance, the m steps of a run are
     worth m / (1 + r (m - 1)) steps (Kish's design effect), which they share equally.
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .schema import KEY_COLUMNS
+from ..schema import KEY_COLUMNS
 
 __all__ = ["FOLDS", "Observations", "read_observations"]
 

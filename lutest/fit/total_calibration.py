@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import optimize
 
-from .schema import KEY_COLUMNS, quantile_column, quantile_suffix
+from ..schema import KEY_COLUMNS, quantile_column, quantile_suffix
 
 __all__ = ["Fold", "calibrate_totals"]
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from ..schema import KEY_COLUMNS
 from .curve_knots import curve_knots
 from .latency_surface import fit_surface
 from .observations import read_observations
-from .schema import KEY_COLUMNS
 
 __all__ = ["fit_prefill_curve"]
 
@@ -37,7 +37,7 @@ def fit_prefill_curve(run_sample: pd.DataFrame, quantiles: Sequence[float]) -> p
 
     Notes
     -----
-    See `lutest.latency_surface` for the estimator and its sources. Curves are made non-decreasing by isotonic
+    See `lutest.fit.latency_surface` for the estimator and its sources. Curves are made non-decreasing by isotonic
     regression. Beyond all prompt lengths of a key they follow what all keys share, and beyond those of all keys a line.
     """
     runs = run_sample.sort_values([*_KEYS, "run_hash", "prompt_tokens", "prefill_ms"], ignore_index=True)

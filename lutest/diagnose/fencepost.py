@@ -9,8 +9,8 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
+from ..schema import quote
 from .finding import Finding, brief_ms, percent
-from .schema import quote
 from .step_regression import BANDS, StepFit, StepSample, group_median
 
 __all__ = ["PER_TOKEN_FIELDS", "check_fencepost", "check_kv_growth", "check_per_token_field"]

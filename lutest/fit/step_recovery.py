@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import optimize, special
 
-from .schema import KEY_COLUMNS, quantile_column
+from ..schema import KEY_COLUMNS, quantile_column
 
 __all__ = ["identify", "recover_step_curve"]
 

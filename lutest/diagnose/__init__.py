@@ -8,17 +8,18 @@ from pathlib import Path
 
 import duckdb
 
-from .build import work_database
-from .clean import write_accepted_runs
-from .config import BuildConfig, load_config, parse_config
+from ..build import work_database
+from ..clean import write_accepted_runs
+from ..config import BuildConfig, load_config, parse_config
+from ..errors import SourceError
+from ..run_rows import field_column
+from ..runs import raw_fields, write_runs
+from ..served_columns import check_served_columns
+from ..sources import Source, SourceFields, read_sources
 from .drift import check_drift
-from .errors import SourceError
 from .fencepost import PER_TOKEN_FIELDS, check_fencepost, check_kv_growth, check_per_token_field
 from .finding import Finding, render_findings
 from .run_checks import check_clock, check_duplicates, check_outliers, check_rejected, check_thin_keys
-from .run_rows import field_column
-from .runs import raw_fields, write_runs
-from .sources import Source, SourceFields, read_sources
 from .step_regression import fit_steps, read_step_sample
 from .subtraction import check_clamped, check_short_outputs, check_unaccounted_time
 
@@ -62,7 +63,7 @@ def diagnose(
         if not connection.execute("SELECT 1 FROM runs LIMIT 1").fetchone():
             raise SourceError("the sources hold no runs at all")
         # Outliers are looked for even where the configuration would keep them.
-        write_accepted_runs(connection, "iqr", settings.cleaning.k)
+        kept = write_accepted_runs(connection, "iqr", settings.cleaning.k)
         sample = read_step_sample(connection)
         fit = fit_steps(sample)
         return [
@@ -73,7 +74,7 @@ def diagnose(
             check_short_outputs(connection, sample, fit),
             check_unaccounted_time(connection),
             check_duplicates(connection),
-            check_outliers(connection, settings.cleaning.k),
+            check_outliers(connection, settings.cleaning.k, kept),
             check_drift(connection),
             check_thin_keys(connection),
             check_rejected(connection),
@@ -97,6 +98,7 @@ def _read(
     known = {name.lower() for name in scalars}
     extra = tuple(name for name in PER_TOKEN_FIELDS if name.lower() not in known)
     fields = SourceFields((*scalars, *extra), steps)
-    read_sources(connection, given, fields, base=Path(), progress=progress)
+    served = read_sources(connection, given, fields, base=Path(), progress=progress)
+    check_served_columns(connection, served, settings.columns, settings.time_unit)
     write_runs(connection, settings.columns, settings.milliseconds)
     return {name: field_column(name) for name in PER_TOKEN_FIELDS if name in fields.scalars}

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .figures import Key
-from .report import count, format_table
-from .schema import quantile_suffix
+from ..figures import Key
+from ..report import count, format_table
+from ..schema import quantile_suffix
 
 __all__ = ["BANDS", "STAGES", "Evaluation", "Score", "render_evaluation"]
 
@@ -38,7 +38,7 @@ class Score:
         Mean absolute error of P50.
     mape, median_ape, bias : float
         Of P50, as fractions: mean and median absolute error, and median signed error (above 0: predicted too high),
-        each relative to the observation. How observations of zero count is said in `lutest.metrics`.
+        each relative to the observation. How observations of zero count is said in `lutest.evaluate.metrics`.
     pinball_ms, coverage : dict
         Quantile → mean pinball loss in ms, and share of observations at or below the prediction.
     """

@@ -10,8 +10,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from ..schema import KEY_COLUMNS, quantile_column
 from .prefill_curve import fit_prefill_curve
-from .schema import KEY_COLUMNS, quantile_column
 from .step_curve import fit_step_curve
 from .step_recovery import recover_step_curve
 from .total_calibration import calibrate_totals

@@ -9,8 +9,8 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
+from ..report import count
 from .finding import Finding, brief_ms, graded, percent
-from .report import count
 
 __all__ = ["check_clock", "check_duplicates", "check_outliers", "check_rejected", "check_thin_keys"]
 
@@ -64,8 +64,11 @@ def check_duplicates(connection: duckdb.DuckDBPyConnection) -> Finding:
     return Finding("duplicates", graded(share, 0.0, 0.05), sentence, figures)
 
 
-def check_outliers(connection: duckdb.DuckDBPyConnection, k: float) -> Finding:
-    """Outliers by the fences of a build, and what fences on the raw scale would have cut instead."""
+def check_outliers(connection: duckdb.DuckDBPyConnection, k: float, kept: int) -> Finding:
+    """Outliers by the fences of a build, and what fences on the raw scale would have cut instead.
+
+    `kept` runs lie beyond the fences and are too many to be outliers.
+    """
     row = connection.execute(
         """
         SELECT
@@ -85,6 +88,7 @@ def check_outliers(connection: duckdb.DuckDBPyConnection, k: float) -> Finding:
         "n_slow": slow,
         "n_fast": outliers - slow,
         "share": share,
+        "n_kept": kept,
         "k": k,
         "raw_fence_share": raw_share,
         "raw_fence_p95_change": p95_change,
@@ -96,7 +100,9 @@ def check_outliers(connection: duckdb.DuckDBPyConnection, k: float) -> Finding:
     raw = f"fences of {RAW_FENCES:g} on raw prefill would cut {percent(raw_share)}" + (
         f" and with them {percent(-p95_change)} off P95" if p95_change < 0 else ""
     )
-    severity = graded(share, 0.01, 0.05)
+    if kept:
+        found += f"; {kept:,} more do, too many for outliers: a build keeps them, and P95 is theirs"
+    severity = graded((outliers + kept) / n if n else 0.0, 0.01, 0.05)
     advice = "" if severity == "ok" else ", look at what else ran on the machine"
     return Finding("outliers", severity, f"{found}; {raw}{advice}", figures)
 

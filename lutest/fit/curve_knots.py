@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..schema import KEY_COLUMNS, quantile_column
 from .latency_surface import Surface
 from .observations import Observations
 from .quantile_regression import isotonic
-from .schema import KEY_COLUMNS, quantile_column
 
 __all__ = ["curve_knots"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import duckdb
 
-from .schema import KEY_COLUMNS
-from .sql import connect
-from .table import LatencyTable
+from ..schema import KEY_COLUMNS
+from ..sql import connect
+from ..table import LatencyTable
 
 __all__ = ["provenance_warnings"]
 

@@ -13,16 +13,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..build import read_runs, work_database
+from ..clean import write_accepted_runs
+from ..config import BuildConfig, load_config, parse_config
+from ..errors import SourceError
+from ..figures import Key
+from ..sources import Source
+from ..table import LatencyTable, load
 from . import metrics
-from .build import read_runs, work_database
-from .clean import write_accepted_runs
-from .config import BuildConfig, load_config, parse_config
-from .errors import SourceError
 from .evaluation import BANDS, Evaluation, Score, render_evaluation
-from .figures import Key
 from .provenance import provenance_warnings
-from .sources import Source
-from .table import LatencyTable, load
 
 __all__ = ["Evaluation", "Score", "evaluate", "render_evaluation"]
 
