@@ -26,10 +26,14 @@ from .fit import FitInput, fit, upper_rank
 from .reader import read_figures
 from .runs import raw_fields, write_runs
 from .schema import SCHEMA_VERSION
+from .served_columns import check_served_columns
 from .sources import Source, SourceFields, read_sources
 from .store import locked, temporary_path, write_table
 
 __all__ = ["BuildSummary", "SourceSummary", "build", "work_database"]
+
+# what DuckDB raises when its work database cannot grow, or could not just before
+_NO_ROOM = (duckdb.IOException, duckdb.OutOfMemoryException, duckdb.TransactionException, duckdb.FatalException)
 
 Progress = Callable[[str, int, int], None]
 
@@ -123,7 +127,7 @@ def build(
             _fit(connection, settings.quantiles)
             fit_seconds = time.perf_counter() - fit_started
             _write_accounts(connection)
-        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+        except _NO_ROOM as error:
             raise BuildError(f"{target}: the build ran out of room: {str(error).splitlines()[0]}") from error
         meta = _meta(connection, settings, fit_seconds)
         digest = write_table(connection, replaced, _RELATIONS, settings.quantiles, meta, read_figures)
@@ -139,7 +143,8 @@ def read_runs(
 ) -> None:
     """Read sources into ``runs``, canonical and structurally checked."""
     scalars, steps = raw_fields(settings.columns)
-    read_sources(connection, given, SourceFields(scalars, steps), base=base, progress=progress)
+    served = read_sources(connection, given, SourceFields(scalars, steps), base=base, progress=progress)
+    check_served_columns(connection, served, settings.columns, settings.time_unit)
     write_runs(connection, settings.columns, settings.milliseconds)
 
 
@@ -234,6 +239,8 @@ def _fit(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> N
             outlier_share=outliers[0] / (outliers[0] + accepted[0]),
         )
     )
+    # A mean of 0 says that every run of the key was clamped, and nothing else of its steps.
+    fitted.decode["mean_ms"] = fitted.decode["mean_ms"].where(fitted.decode["mean_ms"] > 0, fitted.decode["p50_ms"])
     for name in _FITTED:
         frame = getattr(fitted, name)
         connection.register("fitted_frame", frame)

@@ -1,16 +1,21 @@
-"""The content hash: one digest over the logical rows of a table file."""
+"""What tells a whole table from anything else: its content hash, its row counts, and the names that no table has."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import TYPE_CHECKING
 
+from .errors import TableError
 from .schema import TABLES, quote
 
 if TYPE_CHECKING:
     import duckdb
 
-__all__ = ["VOLATILE_META", "content_hash"]
+__all__ = ["LOG_ENDINGS", "TEMPORARY_ENDING", "VOLATILE_META", "content_hash", "refuse_unfinished", "row_counts"]
+
+TEMPORARY_ENDING = ".lutest-tmp"  # what a build leaves when it is killed
+LOG_ENDINGS = (".wal", ".wal.checkpoint", ".wal.recovery")  # DuckDB's own, of changes not yet in the file itself
 
 # What differs between two builds of the same input: when, where and by which version it was built.
 VOLATILE_META = ("build_config", "built_at", "content_hash", "duckdb_version", "fit_seconds", "lutest_version")
@@ -43,3 +48,37 @@ def content_hash(connection: duckdb.DuckDBPyConnection, database: str | None = N
         while rows := cursor.fetchmany(_ROWS_AT_ONCE):
             digest.update(repr(rows).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def row_counts(connection: duckdb.DuckDBPyConnection, database: str | None = None) -> dict[str, int]:
+    """Number of rows of each table.
+
+    Parameters
+    ----------
+    connection : duckdb connection
+        Has the table file open.
+    database : str, optional
+        Name under which the file is attached; the current database if not given.
+    """
+    counts = {}
+    for name in TABLES:
+        prefix = f"{quote(database)}." if database else ""
+        row = connection.execute(f"SELECT count(*) FROM {prefix}{quote(name)}").fetchone()
+        assert row is not None
+        counts[name] = row[0]
+    return counts
+
+
+def refuse_unfinished(path: str | os.PathLike[str]) -> None:
+    """Refuse names that are no table's, whatever they hold.
+
+    Raises
+    ------
+    TableError
+        What a killed build left, or a log of DuckDB.
+    """
+    name = os.fspath(path)
+    if name.endswith(TEMPORARY_ENDING):
+        raise TableError(f"{name}: a temporary file of a build that runs or was killed, not a table; build again")
+    if name.endswith(LOG_ENDINGS):
+        raise TableError(f"{name}: a log of DuckDB, not a table; name the file that it belongs to")

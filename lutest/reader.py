@@ -1,27 +1,22 @@
-"""Reading a table file into plain values, all checked: what is wrong is said here, never guessed at later."""
+"""Reading a table file, or the export of one, into plain values."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
-from statistics import median
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from lutest.checked_figures import REBUILD, Row, check_figures
 from lutest.errors import TableError
-from lutest.figures import Curve, Figures, Key, KeyFigures, Quality, Summary, TotalRatios
-from lutest.schema import KEY_COLUMNS, SCHEMA_VERSION, quantile_column, quantile_suffix, quote
+from lutest.export_reader import EXPORT_ENDING, read_export
+from lutest.figures import Figures
+from lutest.schema import quote
 from lutest.seal import check_seal
 
 if TYPE_CHECKING:
     import duckdb
 
 __all__ = ["read_figures"]
-
-Row = tuple[Any, ...]
-Keys = Mapping[Key, object]
 
 _CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
     "autoinstall_known_extensions": "false",
@@ -30,9 +25,7 @@ _CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
     "lock_configuration": "true",
     "threads": "1",
 }
-_SOURCES = ("measured", "interpolated", "extrapolated")
 _SEAL_CHECKED_BYTES = 16 << 20  # costs next to nothing up to here; beyond, rejected runs have made the file large
-_REBUILD = "build it again with `lutest build`"
 
 
 def read_figures(path: str | os.PathLike[str]) -> Figures:
@@ -41,7 +34,7 @@ def read_figures(path: str | os.PathLike[str]) -> Figures:
     Parameters
     ----------
     path : str or path-like
-        A file that `lutest build` wrote.
+        A file that `lutest build` wrote, or a JSON file that `lutest export` wrote.
 
     Returns
     -------
@@ -57,6 +50,8 @@ def read_figures(path: str | os.PathLike[str]) -> Figures:
         raise TableError(f"{name}: no such table file; build one with `lutest build`")
     if not os.path.isfile(name):  # a pipe would be waited for
         raise TableError(f"{name}: is {'a folder' if os.path.isdir(name) else 'no regular file'}, not a table file")
+    if name.lower().endswith(EXPORT_ENDING):
+        return read_export(name)
     if os.path.getsize(name) <= _SEAL_CHECKED_BYTES:
         check_seal(name, required=False)
     import duckdb  # here, so that nothing but reading a file needs DuckDB
@@ -67,9 +62,9 @@ def read_figures(path: str | os.PathLike[str]) -> Figures:
         raise TableError(f"{name}: cannot be opened as a DuckDB file: {_first_line(error)}") from error
     try:
         with connection:
-            return _Reader(name, connection).figures()
+            return check_figures(name, lambda table, columns: _rows(name, connection, table, columns))
     except duckdb.Error as error:
-        raise TableError(f"{name}: damaged: {_first_line(error)}; {_REBUILD}") from error
+        raise TableError(f"{name}: damaged: {_first_line(error)}; {REBUILD}") from error
 
 
 def _open(name: str) -> duckdb.DuckDBPyConnection:
@@ -89,240 +84,12 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-class _Reader:
-    """The tables of one open file, turned into figures one after the other."""
+def _rows(name: str, connection: duckdb.DuckDBPyConnection, table: str, columns: Sequence[str]) -> list[Row]:
+    import duckdb
 
-    def __init__(self, path: str, connection: duckdb.DuckDBPyConnection) -> None:
-        self.path = path
-        self.connection = connection
-
-    def figures(self) -> Figures:
-        meta = self.meta()
-        self.quantiles = self.levels(meta)
-        self.median = self.quantiles.index(0.5)
-        self.latencies = [quantile_column(q) for q in self.quantiles]
-        columns = ("n", "p95_upper_ms", "mean_ms", *self.latencies)
-        prefill = self.one_per_key("prefill", ("prompt_tokens_p50", *columns))
-        decode = self.one_per_key("decode", ("n_steps", *columns))
-        if not prefill:
-            self.fail("prefill", None, "holds no configuration")
-        prefill_curves = {
-            key: self.curve("prefill_curve", key, rows, 0)
-            for key, rows in self.curve_rows("prefill_curve", "prompt_tokens")
-        }
-        decode_curves = {
-            key: self.curve("decode_curve", key, rows, 1)
-            for key, rows in self.curve_rows("decode_curve", "kv_len", "p50_sum_ms")
-        }
-        ratio_columns = [f"{quantile_suffix(q)}_ratio" for q in self.quantiles]
-        totals = dict(self.grouped("decode_total", ("decode_steps", "n", *ratio_columns)))
-        ratios = {key: self.ratios(key, rows) for key, rows in totals.items()}
-        correlation_columns = [f"{quantile_suffix(q)}_correlation" for q in self.quantiles]
-        correlations = self.one_per_key("total", correlation_columns)
-        self.whole(prefill, prefill_curves, decode, decode_curves, ratios, correlations)
-        keys = [
-            KeyFigures(
-                key=key,
-                prefill=self.summary("prefill", key, row[1:]),
-                prompt_tokens_p50=self.count("prefill", key, "prompt_tokens_p50", row[0], 0),
-                prefill_curve=prefill_curves[key],
-                decode=self.summary("decode", key, decode[key][1:]) if key in decode else None,
-                n_decode_steps=self.count("decode", key, "n_steps", decode[key][0], 1) if key in decode else 0,
-                decode_curve=decode_curves.get(key),
-                decode_total=ratios.get(key),
-                correlations=self.correlations(key, correlations.get(key)),
-            )
-            for key, row in prefill.items()
-        ]
-        tiers = _tiers(keys)
-        keys.sort(key=lambda held: (tiers.index(held.key.tier), held.key.top_k, held.key.num_blocks))
-        return Figures(self.quantiles, tiers, tuple(keys), self.output_lengths(), self.qualities(), meta)
-
-    def whole(self, prefill: Keys, prefill_curves: Keys, decode: Keys, curves: Keys, ratios: Keys, total: Keys) -> None:
-        """Check that a configuration that is in one table is in all others that it belongs to."""
-        decode_parts = {"decode_curve": curves, "decode_total": ratios}
-        for table, held in {"prefill_curve": prefill_curves, "decode": decode, **decode_parts, "total": total}.items():
-            for key in sorted(held.keys() - prefill.keys()):
-                self.fail(table, key, "is not in prefill")
-        for key in sorted(prefill.keys() - prefill_curves.keys()):
-            self.fail("prefill_curve", key, "has no rows")
-        for table, held in {**decode_parts, "total": total}.items():
-            for key in sorted(decode.keys() - held.keys()):
-                self.fail(table, key, "has no rows, but rows in decode")
-        for table, held in decode_parts.items():
-            for key in sorted(held.keys() - decode.keys()):
-                self.fail("decode", key, f"has no rows, but rows in {table}")
-
-    def fail(self, table: str, key: Key | None, problem: str) -> NoReturn:
-        at = f", tier={key.tier!r}, top_k={key.top_k}, num_blocks={key.num_blocks}" if key else ""
-        raise TableError(f"{self.path}: table {table}{at}: {problem}; {_REBUILD}")
-
-    def rows(self, table: str, columns: Sequence[str]) -> list[Row]:
-        import duckdb
-
-        try:
-            return self.connection.execute(f"SELECT {', '.join(map(quote, columns))} FROM {quote(table)}").fetchall()
-        except (duckdb.CatalogException, duckdb.BinderException) as error:
-            raise TableError(
-                f"{self.path}: not a latency table that this version of lutest reads: {_first_line(error)}; {_REBUILD}"
-            ) from error
-
-    def meta(self) -> dict[str, str]:
-        meta = {str(key): str(value) for key, value in self.rows("meta", ("key", "value"))}
-        version = meta.get("schema_version")
-        if version != str(SCHEMA_VERSION):
-            found = "no schema version" if version is None else f"schema version {version}"
-            raise TableError(
-                f"{self.path}: has {found}, this lutest reads version {SCHEMA_VERSION}; "
-                f"{_REBUILD} of this version, or install the one that wrote it"
-            )
-        return meta
-
-    def levels(self, meta: dict[str, str]) -> tuple[float, ...]:
-        text = meta.get("quantiles", "")
-        try:
-            levels = json.loads(text)
-        except ValueError:
-            levels = None
-        if not (
-            isinstance(levels, list)
-            and all(type(q) is float and 0.0 < q < 1.0 for q in levels)
-            and 0.5 in levels
-            and levels == sorted(set(levels))
-        ):
-            self.fail("meta", None, f"quantiles is {text!r}, not an increasing list between 0 and 1 with 0.5")
-        return tuple(levels)
-
-    def grouped(self, table: str, columns: Sequence[str]) -> Iterator[tuple[Key, list[Row]]]:
-        """Rows per configuration, ordered by the first of the columns."""
-        rows = self.rows(table, (*KEY_COLUMNS, *columns))
-        for row in rows:
-            tier, top_k, num_blocks, place = row[:4]
-            if not (type(tier) is str and type(top_k) is int and type(num_blocks) is int):
-                self.fail(table, None, f"configuration {row[:3]!r} is not (text, whole number, whole number)")
-            if place is None:
-                self.fail(table, Key(*row[:3]), f"{columns[0]} is NULL")
-        rows.sort(key=lambda row: row[:4])
-        for place, group in groupby(rows, key=lambda row: row[:3]):
-            yield Key(*place), [row[3:] for row in group]
-
-    def one_per_key(self, table: str, columns: Sequence[str]) -> dict[Key, Row]:
-        held = {}
-        # the key columns once more in front: any of the others may be NULL
-        for key, rows in self.grouped(table, ("tier", *columns)):
-            if len(rows) > 1:
-                self.fail(table, key, f"has {len(rows)} rows, not one")
-            held[key] = rows[0][1:]
-        return held
-
-    def curve_rows(self, table: str, at: str, *others: str) -> Iterator[tuple[Key, list[Row]]]:
-        return self.grouped(table, (at, "n", "source", *others, *self.latencies))
-
-    def curve(self, table: str, key: Key, rows: list[Row], least: int) -> Curve:
-        first = len(rows[0]) - len(self.quantiles)
-        self.knots(table, key, [row[0] for row in rows], least)
-        for row in rows:
-            where = f"at {row[0]}: "
-            self.count(table, key, f"{where}n", row[1], 0)
-            if row[2] not in _SOURCES:
-                self.fail(table, key, f"{where}source is {row[2]!r}, not one of {', '.join(_SOURCES)}")
-            self.ordered(table, key, where, row[first:])
-        columns = list(zip(*rows, strict=True))
-        curve = Curve(columns[0], tuple(columns[first:]), columns[1], columns[2])
-        if first == 4:
-            self.sums(table, key, curve, columns[3])
-        return curve
-
-    def sums(self, table: str, key: Key, curve: Curve, held: Sequence[Any]) -> None:
-        values = curve.values_ms[self.median]
-        expected = values[0] * curve.at[0]
-        for j, (x, stored) in enumerate(zip(curve.at, held, strict=True)):
-            if j:
-                steps = x - curve.at[j - 1]
-                slope = (values[j] - values[j - 1]) / steps
-                expected += steps * values[j - 1] + slope * (steps * (steps + 1) / 2)
-            if type(stored) is not float or not math.isclose(stored, expected, rel_tol=1e-9):
-                self.fail(table, key, f"at {x}: p50_sum_ms is {stored!r}, but its curve sums up to {expected!r}")
-
-    def ratios(self, key: Key, rows: list[Row]) -> TotalRatios:
-        self.knots("decode_total", key, [row[0] for row in rows], 1)
-        for row in rows:
-            self.count("decode_total", key, f"at {row[0]}: n", row[1], 0)
-            self.ordered("decode_total", key, f"at {row[0]}: ", row[2:], "ratio")
-        columns = list(zip(*rows, strict=True))
-        return TotalRatios(columns[0], tuple(columns[2:]), columns[1])
-
-    def summary(self, table: str, key: Key, row: Row) -> Summary:
-        n, upper, mean, *values = row
-        self.count(table, key, "n", n, 1)
-        self.ordered(table, key, "", values)
-        for name, value in (("mean_ms", mean), *((("p95_upper_ms", upper),) if upper is not None else ())):
-            if type(value) is not float or not 0.0 < value < math.inf:
-                self.fail(table, key, f"{name} is {value!r}, not finite and above 0")
-        return Summary(n, tuple(values), upper, mean)
-
-    def correlations(self, key: Key, row: Row | None) -> tuple[float, ...]:
-        if row is None:
-            return (0.0,) * len(self.quantiles)
-        held = []
-        for q, value in zip(self.quantiles, row, strict=True):
-            number = 0.0 if value is None and q == 0.5 else value  # the median has no deviations to combine
-            if type(number) is not float or not 0.0 <= number <= 1.0:
-                self.fail("total", key, f"{quantile_suffix(q)}_correlation is {value!r}, not between 0 and 1")
-            held.append(number)
-        return tuple(held)
-
-    def knots(self, table: str, key: Key, at: list[Any], least: int) -> None:
-        before = least - 1
-        for x in at:
-            if type(x) is not int or x <= before:
-                self.fail(table, key, f"knot {x!r} after {before}: knots are whole numbers from {least} on, increasing")
-            before = x
-
-    def count(self, table: str, key: Key | None, name: str, value: Any, least: int) -> int:
-        if type(value) is not int or value < least:
-            self.fail(table, key, f"{name} is {value!r}, not a whole number from {least} on")
-        return value
-
-    def ordered(self, table: str, key: Key, where: str, values: Sequence[Any], what: str = "ms") -> None:
-        before = 0.0
-        for q, value in zip(self.quantiles, values, strict=True):
-            name = f"{where}{quantile_suffix(q)}_{what}"
-            if type(value) is not float or not 0.0 < value < math.inf:
-                self.fail(table, key, f"{name} is {value!r}, not finite and above 0")
-            if value < before:
-                self.fail(table, key, f"{name} is {value!r}, below the quantile before it, {before!r}")
-            before = value
-
-    def output_lengths(self) -> dict[str, tuple[tuple[int, int], ...]]:
-        rows = self.rows("output_length", ("workload", "output_tokens", "n"))
-        lengths: dict[str, list[tuple[int, int]]] = {}
-        for workload, tokens, n in rows:
-            pair = tuple(
-                self.count("output_length", None, f"workload {workload!r}: {name}", value, 1)
-                for name, value in (("output_tokens", tokens), ("n", n))
-            )
-            lengths.setdefault(str(workload), []).append((pair[0], pair[1]))
-        for workload, pairs in lengths.items():
-            pairs.sort()
-            if len({tokens for tokens, _ in pairs}) < len(pairs):
-                self.fail("output_length", None, f"workload {workload!r} holds a number of tokens twice")
-        return {workload: tuple(lengths[workload]) for workload in sorted(lengths)}
-
-    def qualities(self) -> tuple[Quality, ...]:
-        columns = ("workload", "n", "accuracy", "accuracy_lower", "accuracy_upper")
-        held = []
-        for key, rows in self.grouped("quality", columns):
-            for workload, n, accuracy, lower, upper in rows:
-                self.count("quality", key, "n", n, 1)
-                if type(accuracy) is not float or not math.isfinite(accuracy):
-                    self.fail("quality", key, f"accuracy is {accuracy!r}, not finite")
-                held.append(Quality(key, workload, n, accuracy, lower, upper))
-        return tuple(held)
-
-
-def _tiers(keys: Sequence[KeyFigures]) -> tuple[str, ...]:
-    prompts: dict[str, list[int]] = {}
-    for held in keys:
-        prompts.setdefault(held.key.tier, []).append(held.prompt_tokens_p50)
-    return tuple(sorted(prompts, key=lambda tier: (median(prompts[tier]), tier)))
+    try:
+        return connection.execute(f"SELECT {', '.join(map(quote, columns))} FROM {quote(table)}").fetchall()
+    except (duckdb.CatalogException, duckdb.BinderException) as error:
+        raise TableError(
+            f"{name}: not a latency table that this version of lutest reads: {_first_line(error)}; {REBUILD}"
+        ) from error

@@ -138,7 +138,8 @@ TABLES: dict[str, Table] = {
                 Column(
                     "mean_ms",
                     "DOUBLE",
-                    "Mean of a timed decode step; without timed steps, all decode time over all steps",
+                    "Mean of a timed decode step; without timed steps, all decode time over all steps, and p50_ms where "
+                    "all of that was clamped at zero",
                 ),
                 Column(
                     "std_ms", "DOUBLE", "Sample standard deviation of a timed decode step; NULL without timed steps"

@@ -158,6 +158,14 @@ def _one(**changes: object) -> dict[str, object]:
         ({"decode_steps_ms": [10.0, float("nan")]}, "not_finite", "step"),
         ({"decode_steps_ms": [10.0, None]}, "bad_steps", "step 2"),
         ({"decode_steps_ms": "soon"}, "bad_steps", "soon"),
+        ({"decode_steps_ms": [10.0, 0.0]}, "zero_step", "a decode step is 0"),
+        ({"decode_steps_ms": [10.0, 5e-324]}, "out_of_range", "below 1e-06 ms"),
+        ({"decode_steps_ms": [[], [10.0]]}, "bad_steps", "a position before the last one has no step"),
+        ({"decode_steps_ms": [6e8, 6e8], "decode_ms": None}, "out_of_range", "decode_ms is the sum of its steps"),
+        ({"prefill_ms": 5e-324}, "out_of_range", "between 0 and 1e-06 ms"),
+        ({"decode_ms": 1e-9}, "out_of_range", "between 0 and 1e-06 ms"),
+        ({"total_ms": 0}, "zero_total", "total_ms"),
+        ({"top_k": "a\n\x1b[31mb"}, "not_a_number", "top_k is a [31mb, not a number"),
     ],
 )
 def test_structural_rejects(tmp_path: Path, changes: dict[str, object], reason: str, detail: str) -> None:
@@ -234,6 +242,14 @@ class TestDuplicates:
 
     def test_same_times_with_other_ids_are_two_runs(self, tmp_path: Path) -> None:
         frame = pd.DataFrame([_one(sample_id=i) for i in range(6)])
+        assert build(runs=frame, output=tmp_path / "t.duckdb").rejected == {}
+
+    def test_a_value_does_not_pass_for_the_one_beside_it(self, tmp_path: Path) -> None:
+        names = ("sample_id", "prompt_tokens", "output_tokens", "prefill_ms", "decode_ms", "total_ms")
+        shifted = [
+            dict(zip(names, values, strict=True)) for values in (("1.0", 2, 3, 4, 5, None), (None, 1, 2, 3, 4, 5))
+        ]
+        frame = pd.DataFrame([_one(**run) for run in shifted], dtype=object)
         assert build(runs=frame, output=tmp_path / "t.duckdb").rejected == {}
 
 
@@ -374,3 +390,11 @@ def test_random_rows_are_all_accounted_for(tmp_path: Path) -> None:
     rows = [_one(**{name: generator.choice(values) for name in generator.sample(list(_one()), 2)}) for _ in range(400)]
     summary = build(runs=pd.DataFrame([*rows, _one()], dtype=object), output=tmp_path / "t.duckdb")
     assert _accounts(summary.output)["rows_read"].sum() == 401
+
+
+def test_a_key_of_clamped_runs_alone_answers_by_what_others_say(tmp_path: Path) -> None:
+    frame = constant_step_runs(46.0)
+    clamped = frame.head(3).assign(decode_ms=0.0, num_blocks=16, prefill_ms=[201.1, 202.2, 203.3])
+    path = build(runs=pd.concat([frame, clamped]), output=tmp_path / "t.duckdb").output
+    assert _query(path, "SELECT n_clamped, mean_ms > 0 FROM decode").to_numpy().tolist() == [[0, True], [3, True]]
+    assert lutest.load(path).decode_step_ms("low", 4, 16, 130) > 0

@@ -1,0 +1,84 @@
+"""Tables that the oldest and the newest supported versions write are read by the other, to the same numbers.
+
+`.ci/compatibility` names an interpreter of each in LUTEST_OLDEST_PYTHON and LUTEST_NEWEST_PYTHON; without them, this
+interpreter stands for both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+PYTHONS = {
+    "oldest": os.environ.get("LUTEST_OLDEST_PYTHON", sys.executable),
+    "newest": os.environ.get("LUTEST_NEWEST_PYTHON", sys.executable),
+}
+
+BUILD = """
+import sys
+from lutest.build import build
+build({}, runs=sys.argv[1], output=sys.argv[2])
+"""
+
+READ = """
+import json, sys
+import lutest
+from lutest.sql import run_query
+table = lutest.load(sys.argv[1], verify=True)
+key = table.keys[-1]
+content = {
+    "figures": repr(table.figures),
+    "estimates": [
+        [table.prefill_ms(*key, 200, q), table.decode_step_ms(*key, 300, q), table.total_ms(*key, 200, 16, q)]
+        for key in table.keys for q in table.quantiles
+    ],
+    "sql": run_query(sys.argv[1], f"SELECT total_ms('{key.tier}', {key.top_k}, {key.num_blocks}, 200, 16, 0.95)")[1],
+}
+print(json.dumps(content))
+"""
+
+
+def _run(which: str, code: str, *arguments: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    command = [PYTHONS[which], "-c", code, *map(str, arguments)]
+    ended = subprocess.run(command, env=environment, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def read(direct_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
+    """(writer, reader) → what was read."""
+    folder = tmp_path_factory.mktemp("compatibility")
+    contents = {}
+    for writer in PYTHONS:
+        path = folder / f"{writer}.duckdb"
+        _run(writer, BUILD, direct_runs, path)
+        for reader in PYTHONS:
+            contents[writer, reader] = json.loads(_run(reader, READ, path))
+    return contents
+
+
+@pytest.mark.parametrize("writer", PYTHONS)
+def test_both_read_the_same_numbers(writer: str, read: dict[tuple[str, str], Any]) -> None:
+    oldest, newest = read[writer, "oldest"], read[writer, "newest"]
+    assert oldest["figures"] == newest["figures"]
+    for one, other in zip(oldest["estimates"], newest["estimates"], strict=True):
+        assert all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(one, other, strict=True))
+    for content in (oldest, newest):
+        assert math.isclose(content["sql"][0][0], content["estimates"][-1][2], rel_tol=1e-9)
+
+
+def test_both_write_much_the_same(read: dict[tuple[str, str], Any]) -> None:
+    oldest, newest = read["oldest", "newest"], read["newest", "newest"]
+    # solvers of different versions may choose between fits that are equally good
+    for one, other in zip(oldest["estimates"], newest["estimates"], strict=True):
+        assert all(math.isclose(a, b, rel_tol=0.01) for a, b in zip(one, other, strict=True))
