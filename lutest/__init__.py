@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lutest.convert import convert as convert
     from lutest.diagnose import diagnose as diagnose
     from lutest.evaluate import evaluate as evaluate
+    from lutest.export import export as export
 
 __version__ = "0.1.0"
 
@@ -48,13 +49,14 @@ __all__ = [
     "convert",
     "diagnose",
     "evaluate",
+    "export",
     "load",
     "lookup",
     "use",
 ]
 
 # name → module of the same name: imported on first use, since they bring in pandas and SciPy
-_BUILDER_VERBS = ("build", "convert", "diagnose", "evaluate")
+_BUILDER_VERBS = ("build", "convert", "diagnose", "evaluate", "export")
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,11 @@ __all__ = ["Batch"]
 
 _Number = TypeVar("_Number", np.float64, np.int64)
 
-CHUNK = 16_384  # elements at a time, so that what lies between two steps stays in the cache
+CHUNK = 32_768  # elements at a time, so that what lies between two steps stays in the cache
+_KEPT = 4  # scratch arrays that are kept for the next call: fresh memory costs more than the arithmetic in it
+
+_Scratch = tuple[Floats, Ints]
+_scratch: list[_Scratch] = []  # taken and given back with pop and append, each atomic
 
 
 class Batch:
@@ -77,8 +81,9 @@ class Batch:
         self._typical_prompt = np.array([key.prompt_tokens_p50 for key in figures.keys], dtype=np.int64)
         self._has_decode = np.array([p.step is not None for p in pieces])
         self._all_decode = bool(self._has_decode.all())
-        top_ks = np.unique([key.top_k for key in self._keys])
-        blocks = np.unique([key.num_blocks for key in self._keys])
+        # not np.unique, which brings in numpy.ma at its first call
+        top_ks = np.array(sorted({key.top_k for key in self._keys}))
+        blocks = np.array(sorted({key.num_blocks for key in self._keys}))
         self._values_of_axes = top_ks, blocks
         # one more place along each axis stands for all values that were not measured
         self._cube = np.full((len(self._tiers) + 1, len(top_ks) + 1, len(blocks) + 1), -1, dtype=np.int64)
@@ -264,22 +269,25 @@ class Batch:
         return out.reshape(shape)
 
     def _fill(self, key: Ints, prompt: Ints | None, n: Ints, i: int, out: Floats, whole: bool) -> None:
-        scratch_size = min(CHUNK, key.size)
-        floats, integers = np.empty((4, scratch_size)), np.empty((2, scratch_size), dtype=np.int64)
+        floats, integers = scratch = _take_scratch()
         for part, known, safe in self._chunks(key):
             start, count = self._typical_prompt[safe] if prompt is None else prompt[part], n[part]
             _, longest_prompt = _extent("prompt_tokens", start, 0)
             fewest, most = _extent("output_tokens", count, 1)
             self._need_decode(safe, known, count)
             if longest_prompt + most <= self._width:
-                scratch = floats[:, : safe.size], integers[:, : safe.size]
-                self._look_up(safe, start, prompt is None, count, i, out[part], whole, *scratch)
+                size = safe.size
+                self._look_up(
+                    safe, start, prompt is None, count, i, out[part], whole, floats[:, :size], integers[:, :size]
+                )
             else:
                 self._compute(safe, start, prompt is None, count, i, out[part], whole)
             if whole and i != self._median and fewest == 1:
                 one = np.flatnonzero(count == 1)
                 out[part][one] = self._prefill_of(safe[one], None if prompt is None else start[one], longest_prompt, i)
             _blank(out[part], known)
+        if len(_scratch) < _KEPT:
+            _scratch.append(scratch)
 
     def _look_up(
         self,
@@ -359,10 +367,11 @@ class Batch:
     def _chunks(self, key: Ints) -> Iterator[tuple[slice, NDArray[np.bool_] | None, Ints]]:
         """Slices of the arrays, which of their ids are known (None: all), and ids with 0 for those that are not."""
         count = len(self._keys)
-        for first in range(0, key.size, CHUNK):
-            part = slice(first, first + CHUNK)
+        size = -(-key.size // max(1, -(-key.size // CHUNK)))  # even ones: a short one costs as many calls
+        for first in range(0, key.size, size or 1):
+            part = slice(first, first + size)
             ids = key[part]
-            if int(ids.view(np.uint64).max()) < count:  # unsigned: negative ones are large
+            if int(np.maximum.reduce(ids.view(np.uint64))) < count:  # unsigned: negative ones are large
                 yield part, None, ids
                 continue
             wrong = (ids < -1) | (ids >= count)
@@ -385,6 +394,13 @@ class Batch:
                 f"tier={first.tier!r}, top_k={first.top_k}, num_blocks={first.num_blocks}: all its runs have one "
                 "token, so nothing is known of its decode steps; only output_tokens=1 can be answered"
             )
+
+
+def _take_scratch() -> _Scratch:
+    try:
+        return _scratch.pop()
+    except IndexError:
+        return np.empty((4, CHUNK)), np.empty((2, CHUNK), dtype=np.int64)
 
 
 def _arrays(
@@ -423,7 +439,7 @@ def _whole_numbers(name: str, value: ArrayLike) -> Ints:
 def _extent(name: str, x: Ints, least: int) -> tuple[int, int]:
     """Least and largest element of tokens, checked."""
     # as unsigned, negative numbers are large: where 0 is allowed, one pass finds both ends
-    low, high = int(x.min()) if least else 0, int(x.view(np.uint64).max())
+    low, high = int(np.minimum.reduce(x)) if least else 0, int(np.maximum.reduce(x.view(np.uint64)))
     if low < least or high > MAX_TOKENS:
         wrong = x[(x < least) | (x > MAX_TOKENS)]
         raise ArgumentError(f"{name} holds {wrong[0]}; allowed: whole numbers from {least} to {MAX_TOKENS}")

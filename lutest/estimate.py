@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from struct import iter_unpack
+from typing import TYPE_CHECKING, Any, cast
 
 from lutest.arguments import MAX_TOKENS, positive_ms, quantile_index, whole_number
 from lutest.errors import NoDecodeDataError
 from lutest.explanation import Explanation, Part
 from lutest.figures import Curve, Key, KeyFigures
+from lutest.lengths import Lengths, lengths_of, levels_of, mean_over_lengths, share_within
 from lutest.pieces import KeyPieces, Pieces, key_pieces, sum_to, value_at
 
-__all__ = ["Entry"]
+__all__ = ["Entry", "most_rows"]
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -21,7 +26,15 @@ if TYPE_CHECKING:
     # prefill P50, sums to x and x - 1, median ratio, the deviation's: ratio and two terms of prefill (not for the
     # median), sign; sums to x - 1 and ratios are by tokens, one more than steps (see lutest.grid.entry_views)
     _TotalViews: TypeAlias = tuple[_View, _View, _View, _View, _View, _View, _View, float]
+    # what a P95 total is made of, as rows: by prompt P50, sum and the deviation's two terms; sums to x - 1; by tokens
+    # median ratio and the deviation's; empty outside of what is asked for most (see _total_rows)
+    _TotalRows: TypeAlias = tuple[list[tuple[float, float, float, float]], _View, list[tuple[float, float]]]
 
+ROWS = 22_000  # prompt lengths of a whole table that have a row, 200 bytes each
+_MOST_TOKENS = 256  # tokens that have a row in each entry
+_EXPECTED_TOLERANCE = 1e-4
+_P_WITHIN_TOLERANCE = 4e-4
+_NO_ROWS: _TotalRows = ([], memoryview(b"").cast("d"), [])
 _RANK = {"measured": 0, "interpolated": 1, "extrapolated": 2}
 
 
@@ -58,9 +71,10 @@ class Entry:
 
     __slots__ = (
         "_figures",
+        "_lengths",
         "_median",
         "_own_prefill",
-        "_p95_views",
+        "_p95_rows",
         "_pieces",
         "_prefill_views",
         "_quantiles",
@@ -83,6 +97,7 @@ class Entry:
     n: int
     source: str
     _figures: KeyFigures
+    _lengths: Mapping[str | None, Lengths]
     _quantiles: tuple[float, ...]
     _median: int
     _pieces: KeyPieces
@@ -90,7 +105,7 @@ class Entry:
     _views: tuple[memoryview[float], ...]
     _prefill_views: dict[float, memoryview[float]]
     _total_views: dict[float, _TotalViews]
-    _p95_views: _TotalViews
+    _p95_rows: _TotalRows
 
     def __init__(
         self,
@@ -98,8 +113,13 @@ class Entry:
         quantiles: tuple[float, ...],
         views: tuple[memoryview[float], ...] = (),
         pieces: KeyPieces | None = None,
+        lengths: Mapping[str | None, Lengths] | None = None,
+        most_rows: int = ROWS // 32,
     ) -> None:
-        """Take the figures of one key and, for speed, its rows of the grid (see `lutest.grid.build_grid`)."""
+        """Take the figures of one key and, for speed, its rows of the grid (see `lutest.grid.build_grid`).
+
+        `lengths` are those of the table's workloads, `most_rows` how many prompt lengths have a row of their own.
+        """
         median = quantiles.index(0.5)
         tail = quantiles.index(0.95) if 0.95 in quantiles else None
         prefill, decode = figures.prefill.quantiles_ms, figures.decode.quantiles_ms if figures.decode else None
@@ -125,6 +145,7 @@ class Entry:
             ("n", figures.prefill.n),
             ("source", figures.source),
             ("_figures", figures),
+            ("_lengths", {} if lengths is None else lengths),
             ("_quantiles", quantiles),
             ("_median", median),
             ("_pieces", pieces),
@@ -132,7 +153,7 @@ class Entry:
             ("_views", views),
             ("_prefill_views", prefill_views),
             ("_total_views", total_views),
-            ("_p95_views", total_views.get(0.95, ())),
+            ("_p95_rows", _total_rows(figures, total_views[0.95], most_rows) if 0.95 in total_views else _NO_ROWS),
         ):
             object.__setattr__(self, name, value)
 
@@ -143,7 +164,8 @@ class Entry:
         raise AttributeError(f"an Entry cannot be changed: {name}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore_entry, (self._figures, self._quantiles, tuple(view.tobytes() for view in self._views))
+        rows = tuple(view.tobytes() for view in self._views)
+        return _restore_entry, (self._figures, self._quantiles, rows, dict(self._lengths))
 
     def __repr__(self) -> str:
         tail = "" if self.prefill_p95_ms is None else f", prefill_p95_ms={self.prefill_p95_ms:.4g}"
@@ -254,17 +276,34 @@ class Entry:
         try:
             # one comparison for: no negative prompt, no zero tokens, no wrapped-around NumPy integer, no NaN
             if prompt_tokens is not None and 0 <= prompt_tokens < (end := prompt_tokens + output_tokens):
+                at_prompt, sums_before, at_tokens = self._p95_rows
+                p50, start, u, v = at_prompt[prompt_tokens]
+                ratio, spread = at_tokens[output_tokens]
+                steps_ms = sums_before[end] - start
+                if q == 0.95:
+                    shared = steps_ms * spread + u
+                    return p50 + steps_ms * ratio + sqrt(shared * shared + v)
+                if q == 0.5:
+                    return p50 + steps_ms * ratio
+        except (IndexError, TypeError, ValueError):  # ValueError: an empty row
+            pass
+        return self._total_anywhere(prompt_tokens, output_tokens, q)
+
+    def _total_anywhere(self, prompt_tokens: int | None, output_tokens: int, q: float) -> float:
+        """`total_ms` of whatever has no rows: from the views as far as they go, then from the pieces."""
+        try:
+            if prompt_tokens is not None and 0 <= prompt_tokens < (end := prompt_tokens + output_tokens):
                 if q == 0.5:
                     p50, sums, sums_before, ratio, _, _, _, _ = self._total_views[q]
                     return p50[prompt_tokens] + (sums_before[end] - sums[prompt_tokens]) * ratio[output_tokens]
-                if output_tokens != 1:
-                    views = self._p95_views if q == 0.95 else self._total_views[q]
-                    p50, sums, sums_before, ratio, spread, u, v, sign = views
-                    steps_ms = sums_before[end] - sums[prompt_tokens]
-                    shared = steps_ms * spread[output_tokens] + u[prompt_tokens]
-                    deviation = sqrt(shared * shared + v[prompt_tokens])
-                    return p50[prompt_tokens] + steps_ms * ratio[output_tokens] + sign * deviation
-        except (IndexError, KeyError, TypeError, ValueError):  # ValueError: no views to unpack
+                if output_tokens == 1:
+                    return self._prefill_views[q][prompt_tokens]
+                p50, sums, sums_before, ratio, spread, u, v, sign = self._total_views[q]
+                steps_ms = sums_before[end] - sums[prompt_tokens]
+                shared = steps_ms * spread[output_tokens] + u[prompt_tokens]
+                deviation = sqrt(shared * shared + v[prompt_tokens])
+                return p50[prompt_tokens] + steps_ms * ratio[output_tokens] + sign * deviation
+        except (IndexError, KeyError, TypeError):
             pass
         i, prompt, n = self._checked(prompt_tokens, output_tokens, q)
         if n == 1:
@@ -329,6 +368,72 @@ class Entry:
             else:
                 high = middle
         return low
+
+    def p_within(self, budget_ms: float, prompt_tokens: int | None = None, workload: str | None = None) -> float:
+        """Probability that a run stays within a budget when nobody knows how many tokens come out.
+
+        The sum over the table's output lengths n of P(n) · P(total_ms <= budget_ms given n). The latter is made from
+        the totals at the table's quantiles: between them, latency is linear in the normal score of the level; beyond
+        the outermost ones the last line is carried on, up to a normal score of 3 (see `lutest.lengths`).
+
+        Parameters
+        ----------
+        budget_ms : float
+            Finite, above 0.
+        prompt_tokens : int, optional
+            As in `total_ms`.
+        workload : str, optional
+            Whose output lengths to take; left out: those of all together.
+
+        Returns
+        -------
+        float
+            From 0 to 1, to 1e-4.
+
+        Raises
+        ------
+        ArgumentError, NoDecodeDataError
+        """
+        budget = positive_ms("budget_ms", budget_ms)
+        lengths = lengths_of(self._lengths, workload)
+        prompt = None if prompt_tokens is None else whole_number("prompt_tokens", prompt_tokens, 0)
+        quantiles, levels = self._quantiles, levels_of(self._quantiles)
+
+        def within(n: int) -> float:
+            totals = list(accumulate([self.total_ms(prompt, n, q) for q in quantiles], max))
+            return share_within(levels, totals, budget)
+
+        return min(1.0, max(0.0, mean_over_lengths(lengths, within, _P_WITHIN_TOLERANCE)))
+
+    def expected_total_ms(self, prompt_tokens: int | None = None, workload: str | None = None) -> float:
+        """Expected latency of a run when nobody knows how many tokens come out: the mean of what `p_within` is of.
+
+        The sum over the table's output lengths n of P(n) · E(total_ms given n). In a table of P50 and P95 alone, the
+        mean given n is the P50.
+
+        Parameters, errors
+            As in `p_within`.
+
+        Returns
+        -------
+        float
+            Milliseconds, to 1e-4 relative.
+        """
+        lengths = lengths_of(self._lengths, workload)
+        prompt = None if prompt_tokens is None else whole_number("prompt_tokens", prompt_tokens, 0)
+        quantiles, weights = self._quantiles, levels_of(self._quantiles).weights
+        if len(quantiles) == 2:  # their line is symmetric about the median
+
+            def mean(n: int) -> float:
+                return self.total_ms(prompt, n, 0.5)
+
+        else:
+
+            def mean(n: int) -> float:
+                totals = accumulate([self.total_ms(prompt, n, q) for q in quantiles], max)
+                return sum(weight * total for weight, total in zip(weights, totals, strict=True))
+
+        return mean_over_lengths(lengths, mean, _EXPECTED_TOLERANCE)
 
     def explain(self, prompt_tokens: int | None, output_tokens: int, q: float = 0.5) -> Explanation:
         """The total with every part, its sample size, its source and the bounds that are known.
@@ -412,5 +517,50 @@ class Entry:
         return sum(curve.n[j] for j in knots), _worst(self.source, *sources, "extrapolated" if outside else "measured")
 
 
-def _restore_entry(figures: KeyFigures, quantiles: tuple[float, ...], rows: tuple[bytes, ...]) -> Entry:
-    return Entry(figures, quantiles, tuple(memoryview(row).cast("d") for row in rows))
+def _restore_entry(
+    figures: KeyFigures, quantiles: tuple[float, ...], rows: tuple[bytes, ...], lengths: dict[str | None, Lengths]
+) -> Entry:
+    return Entry(figures, quantiles, tuple(memoryview(row).cast("d") for row in rows), None, lengths)
+
+
+def most_rows(keys: Sequence[KeyFigures]) -> int:
+    """How many rows each entry of a table may have, so that all of them have no more than `ROWS`."""
+    left = ROWS
+    wanted = sorted(len(_measured_prompts(figures)) for figures in keys)
+    for number, rows in enumerate(wanted):
+        if rows * (len(wanted) - number) > left:
+            return left // (len(wanted) - number)
+        left -= rows
+    return wanted[-1]
+
+
+def _measured_prompts(figures: KeyFigures) -> range:
+    """Prompt lengths between the knots, those left aside that no run stands behind."""
+    curve = figures.prefill_curve
+    known = [x for x, source in zip(curve.at, curve.source, strict=True) if source != "extrapolated"] or curve.at
+    return range(known[0], known[-1] + 1)
+
+
+def _total_rows(figures: KeyFigures, views: _TotalViews, most_rows: int) -> _TotalRows:
+    """The views as rows, for the prompt lengths that were measured: one look instead of four."""
+    p50, sums, sums_before, ratio, spread, u, v, _ = views
+    prompts = _measured_prompts(figures)
+    stop = min(prompts.stop, len(p50))
+    first = max(min(prompts.start, stop), min(figures.prompt_tokens_p50 - most_rows // 2, stop - most_rows))
+    stop = min(stop, first + most_rows)
+    ratios = figures.decode_total
+    last = _MOST_TOKENS if ratios is None else min(ratios.decode_steps[-1] + 2, _MOST_TOKENS)
+    at_prompt = [cast("tuple[float, float, float, float]", ())] * first
+    at_prompt += _side_by_side(p50[first:stop], sums[first:stop], u[first:stop], v[first:stop])
+    at_tokens = [cast("tuple[float, float]", ())] * 2  # one token: prefill alone, exactly
+    at_tokens += _side_by_side(ratio[2:last], spread[2:last])
+    at_tokens += at_tokens[-1:] * (_MOST_TOKENS - last)  # constant from the last knot on
+    return at_prompt, sums_before, at_tokens
+
+
+def _side_by_side(*views: _View) -> list[tuple[Any, ...]]:
+    """Rows of the views, the numbers of a row next to each other in memory, so that one look brings them all."""
+    table = array("d", bytes(8 * len(views) * len(views[0])))
+    for column, view in enumerate(views):
+        table[column :: len(views)] = array("d", view.tobytes())
+    return list(iter_unpack(f"{len(views)}d", table))

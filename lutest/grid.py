@@ -12,6 +12,7 @@ from lutest.figures import Figures
 from lutest.pieces import KeyPieces, Pieces
 
 __all__ = [
+    "SPAN",
     "Flat",
     "Flats",
     "Floats",
@@ -25,14 +26,16 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Places = NDArray[np.int64] | NDArray[np.int32]
 
-GRID_BYTES = 8 * 2**20  # all views of a table together; lengths beyond them are computed instead of looked up
-_SPAN = 2**42  # above any two lengths together: keeps the keys apart in one sorted array of starts
+GRID_BYTES = 5 * 2**20  # all views of a table together; lengths beyond them are computed instead of looked up
+_KEYS_AT_ONCE = 8  # what is built at a time: its scratch arrays stay small
+SPAN = 2**42  # above any two lengths together: keeps the keys apart in one sorted array of starts
 _NO_DECODE = Pieces((0,), ((0.0,),), ((0.0,),), (0.0,))
 
 
 class Flat(NamedTuple):
-    """The pieces of all keys one after the other; `places` are their starts, shifted by _SPAN per key."""
+    """The pieces of all keys one after the other; `places` are their starts, shifted by SPAN per key."""
 
     places: Ints
     starts: Ints
@@ -41,25 +44,25 @@ class Flat(NamedTuple):
     sums: Floats
 
     def pieces_at(self, ids: Ints, x: Ints) -> Ints:
-        return np.searchsorted(self.places, ids * _SPAN + x, side="right") - 1
+        return np.searchsorted(self.places, ids * SPAN + x, side="right") - 1
 
-    def value(self, i: int, j: Ints, x: Ints) -> Floats:
+    def value(self, i: int, j: Places, x: Ints) -> Floats:
         distance = (x - self.starts[j]).astype(np.float64)
         value: Floats = self.values[i][j] + self.slopes[i][j] * distance
         return value
 
-    def sum_to(self, median: int, j: Ints, x: Ints) -> Floats:
+    def sum_to(self, median: int, j: Places, x: Ints) -> Floats:
         distance = (x - self.starts[j]).astype(np.float64)
         rise = self.slopes[median][j] * (distance * (distance + 1.0) * 0.5)
         total: Floats = self.sums[j] + distance * self.values[median][j] + rise
         return total
 
-    def grid_pieces(self, width: int) -> Ints:
+    def grid_pieces(self, width: int) -> NDArray[np.int32]:
         """Piece of every (key, x < width), flat."""
         inside = np.minimum(self.starts, width)
         ends = np.append(inside[1:], 0)
-        ends[np.append(np.diff(self.places // _SPAN) > 0, True)] = width
-        return np.repeat(np.arange(len(inside)), ends - inside)
+        ends[np.append(np.diff(self.places // SPAN) > 0, True)] = width
+        return np.repeat(np.arange(len(inside), dtype=np.int32), ends - inside)
 
 
 def _flat(pieces: Sequence[Pieces | None], quantile_count: int) -> Flat:
@@ -77,7 +80,7 @@ def _flat(pieces: Sequence[Pieces | None], quantile_count: int) -> Flat:
         )
 
     sums = np.array([x for p in held for x in p.sums], dtype=np.float64)
-    return Flat(ids * _SPAN + starts, starts, rows("values"), rows("slopes"), sums)
+    return Flat(ids * SPAN + starts, starts, rows("values"), rows("slopes"), sums)
 
 
 class Flats(NamedTuple):
@@ -118,18 +121,23 @@ def build_grid(figures: Figures, pieces: Sequence[KeyPieces]) -> Floats:
     # half as much again: a little beyond the last knot is asked for often
     width = max(1, min(longest * 3 // 2 + 1, GRID_BYTES // (8 * row_count * count)))
     flats = flatten(pieces, len(quantiles))
-    correlations = np.repeat(np.array([key.correlations for key in figures.keys]).T, width, axis=1)
-    x = np.tile(np.arange(width, dtype=np.int64), count)
+    correlations = np.array([key.correlations for key in figures.keys]).T
     grid = np.empty((row_count, count * width))
-    at_prefill, at_step, at_ratio = (flat.grid_pieces(width) for flat in flats)
-    for i in range(len(quantiles)):
-        grid[i] = flats.prefill.value(i, at_prefill, x)
-    sums, ratio = grid[len(quantiles)], grid[len(quantiles) + 1]
-    sums[:] = flats.step.sum_to(median, at_step, x)
-    ratio[:] = flats.ratio.value(median, at_ratio, x)
-    for i, row in deviation_rows(quantiles).items():
-        grid[row], grid[row + 1] = deviation_terms(grid[i], grid[median], correlations[i])
-        grid[row + 2] = np.abs(flats.ratio.value(i, at_ratio, x) - ratio)
+    all_pieces = [flat.grid_pieces(width) for flat in flats]
+    for first in range(0, count, _KEYS_AT_ONCE):
+        last = min(first + _KEYS_AT_ONCE, count)
+        part = grid[:, first * width : last * width]
+        at_prefill, at_step, at_ratio = (at[first * width : last * width] for at in all_pieces)
+        x = np.tile(np.arange(width, dtype=np.int64), last - first)
+        for i in range(len(quantiles)):
+            part[i] = flats.prefill.value(i, at_prefill, x)
+        sums, ratio = part[len(quantiles)], part[len(quantiles) + 1]
+        sums[:] = flats.step.sum_to(median, at_step, x)
+        ratio[:] = flats.ratio.value(median, at_ratio, x)
+        for i, row in deviation_rows(quantiles).items():
+            correlation = np.repeat(correlations[i, first:last], width)
+            part[row], part[row + 1] = deviation_terms(part[i], part[median], correlation)
+            part[row + 2] = np.abs(flats.ratio.value(i, at_ratio, x) - ratio)
     grid.flags.writeable = False
     return grid.reshape(row_count, count, width)
 

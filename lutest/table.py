@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from math import sqrt
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, cast, overload
 
-from lutest.arguments import positive_ms, quantile_index, whole_number
-from lutest.errors import ArgumentError, NoDecodeDataError, TableError, UnknownKeyError
-from lutest.estimate import Entry
+from lutest.errors import ArgumentError, TableError, UnknownKeyError
+from lutest.estimate import Entry, most_rows
 from lutest.explanation import Explanation
-from lutest.figures import Figures, Key, KeyFigures
+from lutest.figures import Figures, Key, KeyFigures, Quality
 from lutest.integrity import refuse_unfinished
+from lutest.lengths import Lengths, lengths_by_workload
 from lutest.pieces import key_pieces
 from lutest.reader import read_figures
+from lutest.search import Option, Request, best_of, fitting, front_of, given_qualities, held_qualities
 
 if TYPE_CHECKING:
+    import torch
+    from numpy.typing import ArrayLike
+
     from lutest.batch import Batch
-    from lutest.grid import Floats
+    from lutest.estimate import _TotalRows
+    from lutest.grid import Floats, Ints
+    from lutest.reloading import ReloadingTable
+    from lutest.torch_module import LatencyModule
 
 __all__ = ["LatencyTable", "load", "lookup", "use"]
 
@@ -57,7 +64,11 @@ class LatencyTable:
         "_entries",
         "_grid",
         "_ids",
+        "_lengths",
         "_missing",
+        "_p50_views",
+        "_p95_rows",
+        "_p95_views",
         "batch",
         "figures",
         "keys",
@@ -79,7 +90,11 @@ class LatencyTable:
     _entries: dict[tuple[Tier, int, int], Entry]
     _ids: dict[tuple[str, int, int], int]
     _grid: Floats
+    _lengths: dict[str | None, Lengths]
     _missing: Missing
+    _p50_views: dict[tuple[Tier, int, int], memoryview[float]]
+    _p95_views: dict[tuple[Tier, int, int], memoryview[float]]
+    _p95_rows: dict[tuple[Tier, int, int], _TotalRows]
 
     def __init__(
         self,
@@ -98,12 +113,18 @@ class LatencyTable:
         pieces = [key_pieces(key, median) for key in figures.keys]
         grid = build_grid(figures, pieces) if grid is None else grid
         grid.flags.writeable = False
+        lengths = lengths_by_workload(figures.output_lengths)
+        rows = most_rows(figures.keys)
         entries: dict[tuple[Tier, int, int], Entry] = {}
         for number, (key, held) in enumerate(zip(figures.keys, pieces, strict=True)):
             views = entry_views(grid, len(figures.quantiles), number)
-            _enter(entries, figures, Entry(key, figures.quantiles, views, held))
+            _enter(entries, figures, Entry(key, figures.quantiles, views, held, lengths, rows))
+        # what is asked for most, one step nearer than in the entries
+        p50_views = {key: entry._prefill_views[0.5] for key, entry in entries.items()}
+        p95_views = {key: e._prefill_views[0.95] for key, e in entries.items() if 0.95 in figures.quantiles}
+        p95_rows = {key: entry._p95_rows for key, entry in entries.items()}
         for key in filled:
-            _enter(entries, figures, Entry(key, figures.quantiles))
+            _enter(entries, figures, Entry(key, figures.quantiles, lengths=lengths))
         keys = tuple(key.key for key in figures.keys)
         for name, value in (
             ("keys", keys),
@@ -117,7 +138,11 @@ class LatencyTable:
             ("_entries", entries),
             ("_ids", {key: number for number, key in enumerate(keys)}),
             ("_grid", grid),
+            ("_lengths", lengths),
             ("_missing", missing),
+            ("_p50_views", p50_views),
+            ("_p95_views", p95_views),
+            ("_p95_rows", p95_rows),
         ):
             object.__setattr__(self, name, value)
 
@@ -179,11 +204,13 @@ class LatencyTable:
     ) -> float:
         """`Entry.prefill_ms` of a configuration, in milliseconds."""
         try:  # what Entry.prefill_ms would do, without the call
-            entry = self._entries[tier, top_k, num_blocks]
             if prompt_tokens is None:
-                return entry._own_prefill[q]
+                return self._entries[tier, top_k, num_blocks]._own_prefill[q]
             if prompt_tokens >= 0:
-                return entry._prefill_views[q][prompt_tokens]
+                if q == 0.5:
+                    return self._p50_views[tier, top_k, num_blocks][prompt_tokens]
+                if q == 0.95:
+                    return self._p95_views[tier, top_k, num_blocks][prompt_tokens]
         except (IndexError, KeyError, TypeError):
             pass
         return self.lookup(tier, top_k, num_blocks).prefill_ms(prompt_tokens, q)
@@ -202,11 +229,20 @@ class LatencyTable:
         self, tier: Tier, top_k: int, num_blocks: int, prompt_tokens: int | None, output_tokens: int, q: float = 0.5
     ) -> float:
         """`Entry.total_ms` of a configuration, in milliseconds."""
-        try:
-            entry = self._entries[tier, top_k, num_blocks]
-        except (KeyError, TypeError):
-            entry = self._find(tier, top_k, num_blocks)
-        return entry.total_ms(prompt_tokens, output_tokens, q)
+        try:  # what Entry.total_ms would do, without the call
+            if prompt_tokens is not None and 0 <= prompt_tokens < (end := prompt_tokens + output_tokens):
+                at_prompt, sums_before, at_tokens = self._p95_rows[tier, top_k, num_blocks]
+                p50, start, u, v = at_prompt[prompt_tokens]
+                ratio, spread = at_tokens[output_tokens]
+                steps_ms = sums_before[end] - start
+                if q == 0.95:
+                    shared = steps_ms * spread + u
+                    return p50 + steps_ms * ratio + sqrt(shared * shared + v)
+                if q == 0.5:
+                    return p50 + steps_ms * ratio
+        except (IndexError, KeyError, TypeError, ValueError):
+            pass
+        return self.lookup(tier, top_k, num_blocks)._total_anywhere(prompt_tokens, output_tokens, q)
 
     def max_output_tokens(
         self,
@@ -219,6 +255,29 @@ class LatencyTable:
     ) -> int:
         """`Entry.max_output_tokens` of a configuration: the largest number of tokens whose total fits, 0 if none."""
         return self.lookup(tier, top_k, num_blocks).max_output_tokens(budget_ms, prompt_tokens, q)
+
+    def p_within(
+        self,
+        tier: Tier,
+        top_k: int,
+        num_blocks: int,
+        budget_ms: float,
+        prompt_tokens: int | None = None,
+        workload: str | None = None,
+    ) -> float:
+        """`Entry.p_within` of a configuration: the probability that a run of unknown length stays within a budget."""
+        return self.lookup(tier, top_k, num_blocks).p_within(budget_ms, prompt_tokens, workload)
+
+    def expected_total_ms(
+        self,
+        tier: Tier,
+        top_k: int,
+        num_blocks: int,
+        prompt_tokens: int | None = None,
+        workload: str | None = None,
+    ) -> float:
+        """`Entry.expected_total_ms` of a configuration: expected latency of a run of unknown length."""
+        return self.lookup(tier, top_k, num_blocks).expected_total_ms(prompt_tokens, workload)
 
     def explain(
         self, tier: Tier, top_k: int, num_blocks: int, prompt_tokens: int | None, output_tokens: int, q: float = 0.5
@@ -261,30 +320,106 @@ class LatencyTable:
         ------
         ArgumentError
         """
-        budget = positive_ms("budget_ms", budget_ms)
-        quantile_index(self.quantiles, q)
-        if prompt_tokens is not None:
-            whole_number("prompt_tokens", prompt_tokens, 0)
-        if output_tokens is not None:
-            whole_number("output_tokens", output_tokens, 1)
-        if not 0.0 < prefill_share <= 1.0:
-            raise ArgumentError(f"prefill_share is {prefill_share!r}; allowed: above 0 and at most 1")
-        if not 0.0 <= margin < math.inf:
-            raise ArgumentError(f"margin is {margin!r}; allowed: finite, 0 or more")
-        limit = budget if output_tokens is not None else prefill_share * budget
-        fitting = []
-        for key in self.keys:
-            entry = self._entries[key]
-            try:
-                if output_tokens is None:
-                    estimate = entry.prefill_ms(prompt_tokens, q)
-                else:
-                    estimate = entry.total_ms(prompt_tokens, output_tokens, q)
-            except NoDecodeDataError:
-                continue  # nobody can say that it fits
-            if estimate * (1.0 + margin) <= limit:
-                fitting.append(key)
-        return fitting
+        request = Request(self.quantiles, prompt_tokens, output_tokens, q)
+        return list(fitting(self._measured(), request, budget_ms, prefill_share, margin))
+
+    def best(
+        self,
+        budget_ms: float,
+        prompt_tokens: int | None = None,
+        output_tokens: int | None = None,
+        prefill_share: float = 0.8,
+        q: float = 0.95,
+        margin: float = 0.0,
+        quality: Mapping[Any, float] | None = None,
+        workload: str | None = None,
+    ) -> Option | None:
+        """The configuration of the highest quality that fits a budget; of equals, the fastest.
+
+        Parameters
+        ----------
+        budget_ms, prompt_tokens, output_tokens, prefill_share, q, margin
+            As in `feasible`.
+        quality : mapping, optional
+            (tier, top_k, num_blocks) → number, higher is better; only these configurations are looked at. Left out: the
+            table's own accuracies.
+        workload : str, optional
+            Whose accuracies to take; needed where the table holds those of several workloads.
+
+        Returns
+        -------
+        Option or None
+            None where nothing that has a quality fits: never a configuration that breaks the budget.
+
+        Raises
+        ------
+        ArgumentError
+            Also where there is no quality to go by.
+        UnknownKeyError
+            A configuration of `quality` was not measured.
+        """
+        request = Request(self.quantiles, prompt_tokens, output_tokens, q)
+        latencies = fitting(self._measured(), request, budget_ms, prefill_share, margin)
+        return best_of(latencies, self._qualities(quality, workload))
+
+    def frontier(
+        self,
+        prompt_tokens: int | None = None,
+        output_tokens: int | None = None,
+        q: float = 0.95,
+        quality: Mapping[Any, float] | None = None,
+        workload: str | None = None,
+    ) -> list[Option]:
+        """The configurations that are worth choosing: no other is as fast and better, or faster and as good.
+
+        Parameters, errors
+            As in `best`. Latency is prefill where `output_tokens` is left out, else the total.
+
+        Returns
+        -------
+        list of Option
+            By rising latency, and so by rising quality.
+        """
+        request = Request(self.quantiles, prompt_tokens, output_tokens, q)
+        latencies = {entry.key: ms for entry in self._measured() if (ms := request.latency_ms(entry)) is not None}
+        return front_of(latencies, self._qualities(quality, workload))
+
+    def key_ids(
+        self, tiers: ArrayLike, top_ks: ArrayLike, num_blocks: ArrayLike, missing: Literal["error", "nan"] = "error"
+    ) -> Ints:
+        """`Batch.key_ids`: ids of configurations, for `batch` and for the module of `to_torch`."""
+        return self.batch.key_ids(tiers, top_ks, num_blocks, missing)
+
+    def to_torch(self, device: str | torch.device = "cpu", q: float = 0.95) -> LatencyModule:
+        """The table as a `torch.nn.Module` on a device; see `lutest.torch_module.LatencyModule`.
+
+        Parameters
+        ----------
+        device : str or torch.device
+            Where it lives; what it is given has to be there too.
+        q : float
+            The quantile that ``forward`` answers at, one of the table's.
+        """
+        from lutest.torch_module import LatencyModule
+
+        module: LatencyModule = LatencyModule(self.figures, q).to(device)
+        return module
+
+    def _measured(self) -> Iterator[Entry]:
+        return map(self._entries.__getitem__, self.keys)
+
+    def _qualities(self, quality: Mapping[Any, float] | None, workload: str | None) -> dict[Key, Quality]:
+        if quality is None:
+            return held_qualities(self.figures.qualities, workload)
+        if workload is not None:
+            raise ArgumentError(f"workload is {workload!r} beside a quality of your own; allowed: one of the two")
+        return given_qualities(quality, self._measured_key)
+
+    def _measured_key(self, tier: Tier, top_k: int, num_blocks: int) -> Key:
+        key = self._wanted(tier, top_k, num_blocks)
+        if key not in self._ids:
+            raise self._unknown(key)
+        return key
 
     def _find(self, tier: Tier, top_k: int, num_blocks: int) -> Entry:
         key = self._wanted(tier, top_k, num_blocks)
@@ -292,14 +427,10 @@ class LatencyTable:
         if entry is not None:
             return entry
         if self._missing == "error":
-            near = "; ".join(f"{k.tier!r}, {k.top_k}, {k.num_blocks}" for k in self._nearest(key))
-            raise UnknownKeyError(
-                f"tier={key.tier!r}, top_k={key.top_k}, num_blocks={key.num_blocks} was not measured; "
-                f"nearest measured (tier, top_k, num_blocks): {near}; load(path, missing='interpolate') fills it in"
-            )
+            raise self._unknown(key)
         from lutest.interpolate import interpolate_key
 
-        entry = Entry(interpolate_key(self.figures, key), self.quantiles)
+        entry = Entry(interpolate_key(self.figures, key), self.quantiles, lengths=self._lengths)
         if len(self._entries) - 2 * len(self.keys) < 2 * _FILLED_AT_MOST:
             # setdefault is atomic: two threads may both compute it, and both get the same entry
             entry = self._entries.setdefault(key, entry)
@@ -320,6 +451,13 @@ class LatencyTable:
                 return Key(self.tiers[place], *numbers)
         names = ", ".join(f"{name!r} ({place})" for place, name in enumerate(self.tiers))
         raise UnknownKeyError(f"tier {tier!r} is not in the table, which holds {names}")
+
+    def _unknown(self, key: Key) -> UnknownKeyError:
+        near = "; ".join(f"{k.tier!r}, {k.top_k}, {k.num_blocks}" for k in self._nearest(key))
+        return UnknownKeyError(
+            f"tier={key.tier!r}, top_k={key.top_k}, num_blocks={key.num_blocks} was not measured; "
+            f"nearest measured (tier, top_k, num_blocks): {near}; load(path, missing='interpolate') fills it in"
+        )
 
     def _nearest(self, key: Key) -> list[Key]:
         tier = self.tiers.index(key.tier)
@@ -346,7 +484,17 @@ def _enter(entries: dict[tuple[Tier, int, int], Entry], figures: Figures, entry:
     entries[figures.tiers.index(key.tier), key.top_k, key.num_blocks] = entry
 
 
-def load(path: str | os.PathLike[str], *, missing: Missing = "error", verify: bool = False) -> LatencyTable:
+@overload
+def load(
+    path: str | os.PathLike[str], *, missing: Missing = ..., verify: bool = ..., reload: Literal[False] = ...
+) -> LatencyTable: ...
+@overload
+def load(
+    path: str | os.PathLike[str], *, missing: Missing = ..., verify: bool = ..., reload: Literal[True]
+) -> ReloadingTable: ...
+def load(
+    path: str | os.PathLike[str], *, missing: Missing = "error", verify: bool = False, reload: bool = False
+) -> LatencyTable | ReloadingTable:
     """Read a table.
 
     Parameters
@@ -357,10 +505,12 @@ def load(path: str | os.PathLike[str], *, missing: Missing = "error", verify: bo
         What a configuration that was not measured gets: an error, or an entry from its neighbours that says so.
     verify : bool
         Also check every byte of the file against its seal, and every row against the content hash.
+    reload : bool
+        Give a handle that reads the file anew when it was rebuilt; see `lutest.reloading.ReloadingTable`.
 
     Returns
     -------
-    LatencyTable
+    LatencyTable or ReloadingTable
         All in memory: no file and no connection stays open.
 
     Raises
@@ -368,6 +518,10 @@ def load(path: str | os.PathLike[str], *, missing: Missing = "error", verify: bo
     TableError
         No such file, not a table, of another version, or damaged; with `verify`, also changed since it was built.
     """
+    if reload:
+        from lutest.reloading import ReloadingTable
+
+        return ReloadingTable(path, missing, verify)
     refuse_unfinished(path)
     if verify:
         from lutest.verify import read_verified
@@ -376,11 +530,15 @@ def load(path: str | os.PathLike[str], *, missing: Missing = "error", verify: bo
     return LatencyTable(read_figures(path), os.fspath(path), missing)
 
 
-_current: LatencyTable | None = None
+_current: LatencyTable | ReloadingTable | None = None
 _current_entries: dict[tuple[Tier, int, int], Entry] = {}
 
 
-def use(table: LatencyTable | str | os.PathLike[str]) -> LatencyTable:
+@overload
+def use(table: LatencyTable | str | os.PathLike[str]) -> LatencyTable: ...
+@overload
+def use(table: ReloadingTable) -> ReloadingTable: ...
+def use(table: LatencyTable | ReloadingTable | str | os.PathLike[str]) -> LatencyTable | ReloadingTable:
     """Make a table, or the one at a path, the table of the module-level `lookup`, and return it.
 
     Raises
@@ -389,8 +547,9 @@ def use(table: LatencyTable | str | os.PathLike[str]) -> LatencyTable:
         As `load`.
     """
     global _current, _current_entries
-    chosen = table if isinstance(table, LatencyTable) else load(table)
-    _current, _current_entries = chosen, chosen._entries
+    chosen = load(table) if isinstance(table, (str, os.PathLike)) else table
+    # the entries of one that reloads are not to be held on to
+    _current, _current_entries = chosen, chosen._entries if isinstance(chosen, LatencyTable) else {}
     return chosen
 
 

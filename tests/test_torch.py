@@ -1,0 +1,130 @@
+"""table.to_torch: the numbers of `Batch` as tensors, compiled or not, and what a model around it may do to it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lutest import ArgumentError, LatencyTable
+from tests.synthetic import NO_DECODE, QUANTILES, make_figures
+
+torch: Any = pytest.importorskip("torch", reason="torch is not installed: `table.to_torch` needs it")
+
+TABLE = LatencyTable(make_figures())
+WITH_DECODE = [number for number, key in enumerate(TABLE.keys) if key != NO_DECODE]
+
+
+def drawn(count: int = 3000) -> tuple[Any, Any, Any]:
+    chance = np.random.default_rng(0)
+    prompts = np.where(chance.random(count) < 0.8, chance.integers(0, 1500, count), chance.integers(0, 10**6, count))
+    tokens = np.where(chance.random(count) < 0.8, chance.integers(1, 100, count), chance.integers(1, 10**6, count))
+    return chance.choice(WITH_DECODE, count), prompts, tokens
+
+
+def tensors(*arrays: Any) -> list[Any]:
+    return [torch.as_tensor(array) for array in arrays]
+
+
+@pytest.mark.parametrize("q", QUANTILES)
+def test_all_verbs_answer_as_the_batch_does(q: float) -> None:
+    module, batch = TABLE.to_torch(q=q), TABLE.batch
+    ids, prompts, tokens = drawn()
+    i, p, n = tensors(ids, prompts, tokens)
+    for found, expected in (
+        (module(i, p, n), batch.total_ms(ids, prompts, tokens, q)),
+        (module(i, None, n), batch.total_ms(ids, None, tokens, q)),
+        (module.decode_ms(i, p, n), batch.decode_ms(ids, prompts, tokens, q)),
+        (module.decode_ms(i, None, n), batch.decode_ms(ids, None, tokens, q)),
+        (module.prefill_ms(i, p), batch.prefill_ms(ids, prompts, q)),
+        (module.prefill_ms(i), batch.prefill_ms(ids, None, q)),
+    ):
+        assert found.dtype == torch.float64
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+
+
+def test_one_token_is_prefill_exactly() -> None:
+    ids, prompts, _ = drawn()
+    i, p = tensors(ids, prompts)
+    module = TABLE.to_torch(q=0.95)
+    assert module(i, p, torch.ones_like(i)).tolist() == module.prefill_ms(i, p).tolist()
+
+
+def test_shapes_broadcast_and_small_integers_do() -> None:
+    module = TABLE.to_torch()
+    ids = torch.tensor([[0], [3]], dtype=torch.int32)
+    found = module(ids, torch.tensor(100, dtype=torch.int16), torch.arange(1, 6, dtype=torch.uint8))
+    assert found.shape == (2, 5)
+    assert found.tolist() == TABLE.batch.total_ms(ids.numpy(), 100, np.arange(1, 6), 0.95).tolist()
+    assert module.prefill_ms(ids, torch.tensor([[1, 2, 3]])).shape == (2, 3)
+    assert module(ids[:0], torch.tensor(100), torch.tensor(5)).shape == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "prompt", "tokens"),
+    [
+        (-1, 5, 5),
+        (12, 5, 5),
+        (-7, 5, 5),
+        (10**12, 5, 5),
+        (0, -1, 5),
+        (0, 5, 0),
+        (0, 5, -3),
+        (0, 2**62, 5),
+        (0, 5, 2**62),
+    ],
+)
+def test_what_cannot_be_answered_is_nan_and_alone(key: int, prompt: int, tokens: int) -> None:
+    i, p, n = tensors([key, 3], [prompt, 50], [tokens, 9])
+    found = TABLE.to_torch()(i, p, n)
+    assert math.isnan(found[0])
+    assert found[1] == TABLE[TABLE.keys[3]].total_ms(50, 9, 0.95)
+
+
+def test_unknown_decode_is_nan_but_its_first_token_is_known() -> None:
+    i, n = tensors([TABLE.keys.index(NO_DECODE)] * 2, [1, 2])
+    total = TABLE.to_torch()(i, torch.tensor(600), n)
+    assert total[0] == TABLE[NO_DECODE].prefill_ms(600, 0.95)
+    assert math.isnan(total[1])
+
+
+def test_it_compiles_as_one_graph() -> None:
+    module = TABLE.to_torch(q=0.95)
+    i, p, n = tensors(*drawn(200))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    np.testing.assert_allclose(compiled(i, p, n).numpy(), module(i, p, n).numpy(), rtol=1e-12)
+    np.testing.assert_allclose(compiled(i, None, n).numpy(), module(i, None, n).numpy(), rtol=1e-12)
+
+
+def test_a_model_in_half_precision_leaves_it_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), TABLE.to_torch())
+    i, p, n = tensors(*drawn(200))
+    before = model[1](i, p, n).tolist()
+    for changed in (model.to(torch.bfloat16), model.half(), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert changed[1](i, p, n).tolist() == before
+    assert list(model[1].parameters()) == []
+
+
+def test_its_state_goes_into_its_like_only() -> None:
+    module, other = TABLE.to_torch(q=0.95), TABLE.to_torch(q=0.95)
+    i, p, n = tensors(*drawn(200))
+    for buffer in other.buffers():
+        buffer.zero_()
+    other.load_state_dict(module.state_dict())
+    assert other(i, p, n).tolist() == module(i, p, n).tolist()
+    with pytest.raises(ArgumentError, match=r"12 configurations at q=0\.95, which are not .* 12 at q=0\.5"):
+        TABLE.to_torch(q=0.5).load_state_dict(module.state_dict())
+
+
+def test_the_quantile_is_one_of_the_table() -> None:
+    with pytest.raises(ArgumentError, match=r"q is 0\.9; allowed"):
+        TABLE.to_torch(q=0.9)
+
+
+def test_the_device_is_where_it_lives() -> None:
+    module = TABLE.to_torch("meta")
+    assert {buffer.device.type for buffer in module.buffers()} == {"meta"}
