@@ -116,6 +116,26 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--config", metavar="CONFIG", help="build configuration with their columns and time unit")
     _add_json(convert)
 
+    profile = add(
+        "profile",
+        commands.profile,
+        "profile a model with random weights on this machine; the same command goes on where it was interrupted",
+        "lutest profile -o results/cpu && lutest build --runs results/cpu -o tables/cpu.duckdb",
+    )
+    _add_sweep(profile)
+    _add_json(profile)
+
+    export = add(
+        "export",
+        commands.export,
+        "write a table as plain data: JSON, which can be loaded, or Parquet",
+        "lutest export tables/olmoe-cpu-direct.duckdb -o table.json",
+    )
+    _add_table(export)
+    export.add_argument("-o", "--output", required=True, metavar="OUT", help="JSON file, or folder, to write")
+    export.add_argument("--parquet", action="store_true", help="write a folder with one Parquet file per table")
+    _add_json(export)
+
     info = add("info", commands.info, "say what a table is and holds", "lutest info tables/olmoe-cpu-direct.duckdb")
     _add_table(info)
     _add_json(info)
@@ -204,6 +224,41 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
 def _add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="files, folders and globs of runs")
     parser.add_argument("--config", metavar="CONFIG", help="build configuration with their columns and time unit")
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder of the runs")
+    parser.add_argument("--preset", default="cpu", metavar="NAME", help="tiny, cpu (default) or molmoe-1b")
+    parser.add_argument("--tiers", type=_texts, metavar="LIST", help="such as low,medium (default: the preset's)")
+    parser.add_argument("--top-k", type=_integers, metavar="LIST", help="such as 4,8 (default: the preset's)")
+    parser.add_argument("--blocks", type=_integers, metavar="LIST", help="such as 12,16 (default: the preset's)")
+    parser.add_argument(
+        "--output-lengths",
+        metavar="LENGTHS",
+        help="tokens with weights, such as 1:8,2:30,16, or a table file to take them from (default: the preset's)",
+    )
+    parser.add_argument("--runs", type=int, default=150, metavar="N", help="runs of a configuration (default: 150)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="stop after this time, the rest still to do")
+    parser.add_argument("--warmup", type=int, default=1, metavar="N", help="warm-ups of a configuration (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of order, requests and weights (default: 0)")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default), cuda, cuda:1 …")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: 1 on the CPU)")
+    parser.add_argument(
+        "--synchronization",
+        choices=("none", "synchronize", "events"),
+        help="how stages are timed (default: none on the CPU, CUDA events on CUDA)",
+    )
+
+
+def _texts(given: str) -> list[str]:
+    return [part.strip() for part in given.split(",")]
+
+
+def _integers(given: str) -> list[int]:
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{given!r} is no list of whole numbers, such as 4,8") from None
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

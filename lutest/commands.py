@@ -21,7 +21,19 @@ if TYPE_CHECKING:
 
     from .table import LatencyTable
 
-__all__ = ["build", "convert", "diagnose", "evaluate", "feasible", "info", "lookup", "profile", "sql", "verify"]
+__all__ = [
+    "build",
+    "convert",
+    "diagnose",
+    "evaluate",
+    "export",
+    "feasible",
+    "info",
+    "lookup",
+    "profile",
+    "sql",
+    "verify",
+]
 
 _LEAST_RUNS_FOR_BOUND = 59  # fewer runs have no distribution-free 95 % upper bound of a P95
 _MOST_SOURCES_SHOWN = 20
@@ -80,6 +92,17 @@ def convert(arguments: argparse.Namespace) -> None:
         f"{count(summary.rows, 'run')} written to {summary.output} in {summary.seconds:.1f} s, "
         f"{summary.size_bytes / 1024:,.0f} KiB, columns {', '.join(summary.columns)}"
     )
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write a table as plain data and print what was written."""
+    from .export import export as export_table
+
+    summary = export_table(arguments.table, arguments.output, parquet=arguments.parquet)
+    if arguments.json:
+        _print_json(_plain(summary))
+        return
+    print(f"{count(sum(summary.rows.values()), 'row')} of {len(summary.rows)} tables written to {summary.output}")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -257,7 +280,8 @@ def profile(arguments: argparse.Namespace) -> None:
     print(f"{summary.model}, on {summary.device}")
     print(
         f"{count(summary.n_recorded, 'run')} of {count(summary.n_keys, 'configuration')} recorded in {summary.output} "
-        f"in {summary.seconds:.0f} s, {summary.n_missing:,} still to do; {count(summary.n_warmup, 'warm-up run')} left out"
+        f"in {summary.seconds:.0f} s, {summary.n_missing:,} still to do; "
+        f"{count(summary.n_warmup, 'warm-up run')} left out"
     )
     share = (
         f", {summary.step_overhead_us / 10 / summary.step_p50_ms:.2g} % of its median" if summary.step_p50_ms else ""

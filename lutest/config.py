@@ -114,23 +114,24 @@ def load_config(path: str | os.PathLike[str]) -> BuildConfig:
         The file cannot be read, or an option is unknown or not valid.
     """
     path = Path(path)
+    where = str(path) if str(path).isprintable() else repr(str(path))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the build configuration: {error.strerror}") from error
+        raise ConfigError(f"{where}: cannot read the build configuration: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save the build configuration as UTF-8") from error
+        raise ConfigError(f"{where}: not UTF-8 at byte {error.start}; save the build configuration as UTF-8") from error
     try:
         content = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{path}: not valid YAML: {reason}") from error
+        raise ConfigError(f"{where}: not valid YAML: {reason}") from error
     if content is None:
-        raise ConfigError(f"{path}: is empty; it needs at least `sources` and `output`")
-    config = parse_config(content, where=str(path), base=path.parent)
+        raise ConfigError(f"{where}: is empty; it needs at least `sources` and `output`")
+    config = parse_config(content, where=where, base=path.parent)
     for name in ("sources", "output"):
         if not getattr(config, name):
-            raise ConfigError(f"{path}: `{name}` is missing")
+            raise ConfigError(f"{where}: `{name}` is missing")
     return config
 
 
@@ -159,18 +160,23 @@ def parse_config(content: object, *, where: str = "configuration", base: Path | 
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """The safe loader, refusing what has no place in a configuration: aliases (billion laughs) and repeated keys."""
+    """The safe loader, refusing what has no place in a configuration: aliases (billion laughs), tags, repeated keys."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"aliases are not allowed, in line {self.line + 1}")
+        tag = getattr(self.current_event, "tag", None)  # None where none is written
+        if tag is not None:
+            raise yaml.YAMLError(f"tags such as {_named(tag)} are not allowed, in line {self.line + 1}")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.YAMLError(f"`{name}` stands twice, near line {node.start_mark.line + 1}")
+        names: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in names:
+                    raise yaml.YAMLError(f"`{_named(key.value)}` stands twice, in line {key.start_mark.line + 1}")
+                names.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -178,12 +184,25 @@ def _fail(where: str, message: str) -> ConfigError:
     return ConfigError(f"{where}: {message}")
 
 
+def _shown(value: object) -> str:
+    """A value on one short line."""
+    try:
+        return f"{' '.join(repr(value).split()):.80}"
+    except ValueError:  # Python writes no integers of thousands of digits
+        return "a number of thousands of digits"
+
+
+def _named(name: str) -> str:
+    """A name on one short line."""
+    return f"{name if name.isprintable() else repr(name):.80}"
+
+
 def _mapping(value: object, where: str, what: str) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
-        raise _fail(where, f"{what} must be a mapping of options to values, not {value!r:.80}")
+        raise _fail(where, f"{what} must be a mapping of options to values, not {_shown(value)}")
     for key in value:
         if not isinstance(key, str):
-            raise _fail(where, f"{what} has the key {key!r}; keys are names")
+            raise _fail(where, f"{what} has the key {_shown(key)}; keys are names")
     return value
 
 
@@ -191,12 +210,12 @@ def _known(options: Mapping[str, object], names: Sequence[str], where: str, what
     for name in options:
         if name not in names:
             nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise _fail(where, f"unknown {what} `{name}`; did you mean `{nearest}`? Known: {', '.join(names)}")
+            raise _fail(where, f"unknown {what} `{_named(name)}`; did you mean `{nearest}`? Known: {', '.join(names)}")
 
 
 def _text(value: object, where: str, name: str) -> str:
     if not isinstance(value, str):
-        raise _fail(where, f"`{name}` must be text, not {value!r:.80}")
+        raise _fail(where, f"`{name}` must be text, not {_shown(value)}")
     return value
 
 
@@ -204,7 +223,7 @@ def _choice(value: object, allowed: Sequence[str], where: str, name: str) -> str
     if value is None:
         value = "none"  # YAML users write `none`, and some write null
     if not isinstance(value, str) or value not in allowed:
-        raise _fail(where, f"`{name}` is {value!r:.80}; it must be one of {', '.join(allowed)}")
+        raise _fail(where, f"`{name}` is {_shown(value)}; it must be one of {', '.join(allowed)}")
     return value
 
 
@@ -221,25 +240,25 @@ def _number(value: object) -> float | None:
 def _positive(value: object, where: str, name: str) -> float:
     number = _number(value)
     if number is None or number <= 0:
-        raise _fail(where, f"`{name}` is {value!r:.80}; it must be a number above 0")
+        raise _fail(where, f"`{name}` is {_shown(value)}; it must be a number above 0")
     return number
 
 
 def _sources(value: object, where: str) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
-        raise _fail(where, f"`sources` must be a path, or a list of paths, folders and globs, not {value!r:.80}")
+        raise _fail(where, f"`sources` must be a path, or a list of paths, folders and globs, not {_shown(value)}")
     return tuple(values)
 
 
 def _quantiles(value: object, where: str) -> tuple[float, ...]:
     if not isinstance(value, list) or not value:
-        raise _fail(where, f"`quantiles` must be a list such as [0.5, 0.95], not {value!r:.80}")
+        raise _fail(where, f"`quantiles` must be a list such as [0.5, 0.95], not {_shown(value)}")
     levels = set()
     for item in value:
         level = _number(item)
         if level is None or not 0 < level < 1:
-            raise _fail(where, f"`quantiles` holds {item!r:.80}; each must lie between 0 and 1, such as 0.95")
+            raise _fail(where, f"`quantiles` holds {_shown(item)}; each must lie between 0 and 1, such as 0.95")
         levels.add(round(level, 10))
     missing = {0.5, 0.95} - levels
     if missing:
@@ -251,11 +270,11 @@ def _bins(value: object, where: str, name: str) -> int | tuple[int, ...]:
     if isinstance(value, list):
         edges = [item for item in value if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31]
         if len(edges) != len(value) or not edges or edges != sorted(set(edges)):
-            raise _fail(where, f"`{name}` must be a number of bins or increasing whole edges, not {value!r:.80}")
+            raise _fail(where, f"`{name}` must be a number of bins or increasing whole edges, not {_shown(value)}")
         return tuple(edges)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_BINS:
         raise _fail(
-            where, f"`{name}` is {value!r:.80}; it must be a whole number from 1 to {MAX_BINS}, or a list of edges"
+            where, f"`{name}` is {_shown(value)}; it must be a whole number from 1 to {MAX_BINS}, or a list of edges"
         )
     return value
 
@@ -282,5 +301,6 @@ def _column_rule(name: str, rule: object, where: str) -> ColumnRule:
             return ColumnRule(constant=str(constant))
     raise _fail(
         where,
-        f"`columns.{name}` must be a field name, a list of fields to add up, or {{constant: value}}, not {rule!r:.80}",
+        f"`columns.{name}` must be a field name, a list of fields to add up, or {{constant: value}}, "
+        f"not {_shown(rule)}",
     )

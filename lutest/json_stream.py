@@ -19,6 +19,7 @@ WHOLE_ELEMENT_LIMIT = 16 << 20  # characters; a longer configuration within an a
 
 _BLANK = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
+_PAIRS_DECODER = json.JSONDecoder(object_pairs_hook=list)
 _LONGEST_LITERAL = len("-Infinity")
 _LONGEST_ESCAPE = len(r"\ud800\udc00")
 
@@ -58,6 +59,7 @@ class JsonText:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._text = ""
         self._position = 0
+        self._value_start = 0  # of the value that was decoded last
         self._bytes_dropped = 0  # before the window
         self._bytes_read = 0
         self._ended = False
@@ -102,8 +104,15 @@ class JsonText:
             # "1." and "1e-" decode as 1: a number is sure only when something stands well behind it
             if end + 3 > len(self._text) and self._text[self._position] in "-0123456789" and self._fill():
                 continue
-            self._position = end
+            self._value_start, self._position = self._position, end
             return value
+
+    def gives_twice(self, name: str) -> bool:
+        """Whether the object just decoded has a field twice: of the two, it holds the last."""
+        if self._text.count(name, self._value_start, self._position) < 2:
+            return False
+        pairs, _ = _PAIRS_DECODER.raw_decode(self._text, self._value_start)
+        return [key for key, _ in pairs].count(name) > 1
 
     def elements(self) -> Iterator[None]:
         """Step through an array; the caller takes one value at each step."""
@@ -232,6 +241,8 @@ def read_runs(text: JsonText, wanted: Collection[str]) -> Iterator[tuple[Configu
             runs = element[RESULTS]
             if not isinstance(runs, list):
                 raise text.fault(f"{RESULTS} is not a list of runs")
+            if text.gives_twice(RESULTS):
+                raise text.fault(f"{RESULTS} is given twice in one object")
             configuration = Configuration({key: element[key] for key in wanted if key in element})
             for run in runs:
                 yield configuration, run

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import duckdb
 
+from .discovery import printable
 from .errors import SourceError
 from .run_rows import RunWriter, SourceFields, field_column
 from .schema import quote
@@ -21,6 +22,7 @@ FETCH_ROWS = 2_000
 _PLAIN_PATH = re.compile(r"[\w/.+=@ -]+", re.ASCII)
 _NUMERIC = re.compile(r"(?:U?(?:TINY|SMALL|BIG|HUGE)INT|U?INTEGER|FLOAT|DOUBLE|DECIMAL\(\d+,\d+\))((?:\[\]){0,2})")
 _NESTED = re.compile(r".*\[\d*\]|(?:STRUCT|MAP|UNION)\(.*", re.DOTALL)
+_AFTER_CAUSE = re.compile(r"\s*(?:\n\nLINE |Stack Trace:)")  # an excerpt of the query, addresses of functions
 # what DuckDB raises, and what its binding makes of C++ exceptions on damaged files
 _FAILURES = (duckdb.Error, RuntimeError, ValueError, IndexError, OverflowError, MemoryError)
 
@@ -59,9 +61,11 @@ def read_parquet(
             if all(_NUMERIC.fullmatch(types[field]) for field in fields.steps if field in types):
                 return _insert(connection, name, source_id, fields, types)
             return _insert_row_by_row(connection, name, source_id, fields, types)
+        except duckdb.TransactionException:  # the work database has no room: no fault of the file
+            raise
         except _FAILURES as error:
-            cause = " ".join(str(error).split("\n\nLINE ")[0].replace(name, shown).split())
-            raise SourceError(f"{shown}: cannot be read as Parquet: {cause}") from None
+            cause = " ".join(_AFTER_CAUSE.split(str(error))[0].replace(name, shown).split())
+            raise SourceError(f"{shown}: cannot be read as Parquet: {printable(cause)}") from None
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from .schema import quote
 __all__ = ["raw_fields", "write_runs"]
 
 MAX_MS = 1e9  # 11 days: beyond it a value is a broken clock
+MIN_MS = 1e-6  # a nanosecond: no clock tells less
 MAX_TOKENS = 1e9
 _TIMES = ("prefill_ms", "decode_ms", "total_ms")
 _WHOLE = ("top_k", "num_blocks", "prompt_tokens", "output_tokens", "vision_tokens", "text_tokens")
@@ -109,10 +110,14 @@ def write_runs(connection: duckdb.DuckDBPyConnection, columns: Mapping[str, Rule
             device_text AS device,
             model_text AS model,
             verdict.reason AS reason,
-            verdict.detail AS detail,
+            -- on one line, whatever stood in the field
+            regexp_replace(verdict.detail, '[\\p{{Cc}}\\p{{Zl}}\\p{{Zp}}]+', ' ', 'g') AS detail,
+            -- lengths before texts, and a mark for NULL: no value can pass for the one beside it
             md5(concat_ws(
-                '|', tier_text, top_k_value, num_blocks_value, sample_id_text, prompt_tokens_value, output_tokens_value,
-                prefill_ms_value, decode_ms_value, total_ms_value, accuracy_value, steps::VARCHAR
+                '|', length(tier_text), tier_text, top_k_value, num_blocks_value,
+                coalesce(length(sample_id_text) || ':' || sample_id_text, '-'),
+                prompt_tokens_value, output_tokens_value, prefill_ms_value, decode_ms_value,
+                coalesce(total_ms_value::VARCHAR, '-'), coalesce(accuracy_value::VARCHAR, '-'), steps::VARCHAR
             )) AS run_hash
         FROM judged
         """
@@ -157,7 +162,10 @@ def _verdicts(columns: Mapping[str, Rule]) -> list[str]:
         return " or ".join(" + ".join(fields) for fields in columns[name].alternatives)
 
     def because(name: str, fault: str) -> str:
-        return f"'{name} is ' || left({name}_text, 60) || '{fault}'"
+        shown = f"left({name}_text, 60)"
+        if name == "decode_ms":
+            shown = f"coalesce({shown}, 'the sum of its steps')"
+        return f"'{name} is ' || {shown} || '{fault}'"
 
     checks = [_verdict("problem IS NOT NULL", "unreadable_row", "problem")]
     for name in _REQUIRED:
@@ -174,6 +182,9 @@ def _verdicts(columns: Mapping[str, Rule]) -> list[str]:
         limit = MAX_MS if name in _TIMES else MAX_TOKENS
         checks.append(_verdict(f"{value} < 0", "negative_value", because(name, ", below 0")))
         checks.append(_verdict(f"{value} > {limit!r}", "out_of_range", because(name, f", above {limit:g}")))
+        if name in _TIMES:
+            least = because(name, f", between 0 and {MIN_MS:g} ms")
+            checks.append(_verdict(f"{value} > 0 AND {value} < {MIN_MS!r}", "out_of_range", least))
         if name in _WHOLE:
             checks.append(_verdict(f"{value} <> floor({value})", "not_whole", because(name, ", not a whole number")))
     checks += [
@@ -183,11 +194,17 @@ def _verdicts(columns: Mapping[str, Rule]) -> list[str]:
     checks += [
         _verdict("output_tokens_value < 1", "no_output_tokens", because("output_tokens", ": a run has at least 1")),
         _verdict("prefill_ms_value = 0", "zero_prefill", "'prefill_ms is 0: clamped or never measured'"),
+        _verdict("total_ms_value = 0", "zero_total", "'total_ms is 0: clamped or never measured'"),
         _verdict("steps_problem IS NOT NULL", "bad_steps", "steps_problem"),
         _verdict(
             "decode_ms_value IS NULL",
             "missing_value",
             _literal(f"no decode_ms: wants {wanted('decode_ms')}, or decode_steps_ms: {wanted('decode_steps_ms')}"),
+        ),
+        _verdict(
+            "timed AND len(list_distinct(step_positions)) <> list_max(step_positions)",
+            "bad_steps",
+            "'a position before the last one has no step'",
         ),
         _verdict(
             f"timed AND {step_count} <> output_tokens_value - 1",
@@ -200,8 +217,16 @@ def _verdicts(columns: Mapping[str, Rule]) -> list[str]:
             "'a decode step is not a finite number'",
         ),
         _verdict("timed AND list_min(steps) < 0", "negative_value", "'a decode step is below 0: ' || list_min(steps)"),
+        _verdict("timed AND list_min(steps) = 0", "zero_step", "'a decode step is 0: clamped or never measured'"),
         _verdict(
-            "timed AND list_max(steps) > 1e9", "out_of_range", "'a decode step is above 1e9: ' || list_max(steps)"
+            f"timed AND list_min(steps) < {MIN_MS!r}",
+            "out_of_range",
+            f"'a decode step is below {MIN_MS:g} ms: ' || list_min(steps)",
+        ),
+        _verdict(
+            f"timed AND list_max(steps) > {MAX_MS!r}",
+            "out_of_range",
+            f"'a decode step is above {MAX_MS:g} ms: ' || list_max(steps)",
         ),
     ]
     return checks

@@ -22,8 +22,9 @@ from .errors import SourceError
 from .json_stream import RESULTS, Configuration, JsonText, read_runs
 from .parquet_source import read_parquet
 from .run_rows import HELD_NULL, RunWriter, SourceFields, brief, create_raw_runs
+from .serving_tools import Row, open_served, served_line
 
-__all__ = ["Source", "SourceFields", "list_sources", "read_sources"]
+__all__ = ["ServedSource", "Source", "SourceFields", "list_sources", "read_sources"]
 
 Source: TypeAlias = str | os.PathLike[str] | pd.DataFrame
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -45,6 +46,15 @@ class _Found:
     modified_ns: int = 0
 
 
+@dataclass(frozen=True)
+class ServedSource:
+    """A file that a load generator wrote; its runs have canonical fields, with times in milliseconds."""
+
+    source_id: int
+    path: str
+    tool: str
+
+
 def read_sources(
     connection: duckdb.DuckDBPyConnection,
     sources: Sequence[Source],
@@ -52,7 +62,7 @@ def read_sources(
     *,
     base: Path,
     progress: Progress | None = None,
-) -> None:
+) -> list[ServedSource]:
     """Read every run of every source into the tables ``source_files`` and ``raw_runs``.
 
     Parameters
@@ -67,6 +77,11 @@ def read_sources(
         Folder that relative paths are relative to.
     progress : callable, optional
         Called now and then with the source, and with the bytes done and to do of all files together.
+
+    Returns
+    -------
+    list of ServedSource
+        The files among them that a load generator wrote.
 
     Raises
     ------
@@ -97,12 +112,15 @@ def read_sources(
     # 0: DuckDB takes object columns for text and does not guess their type from the first rows
     setting = connection.execute("SELECT current_setting('pandas_analyze_sample')").fetchone()
     connection.execute("SET pandas_analyze_sample = 0")
+    served: list[ServedSource] = []
     try:
         done_bytes = 0
         for source_id, source in enumerate(found, 1):
             report = _reporter(progress, source, done_bytes, total_bytes)
             report(0)
-            rows = _read_source(connection, source_id, source, fields, report)
+            rows, tool = _read_source(connection, source_id, source, fields, report)
+            if tool is not None:
+                served.append(ServedSource(source_id, printable(source.shown), tool))
             connection.execute(
                 "INSERT INTO source_files VALUES (?, ?, ?, ?, ?)",
                 [source_id, source.shown, source.sha256, source.folder, rows],
@@ -112,6 +130,7 @@ def read_sources(
     finally:
         if setting is not None:
             connection.execute(f"SET pandas_analyze_sample = {int(setting[0])}")
+    return served
 
 
 def _check_fields(fields: SourceFields) -> None:
@@ -166,6 +185,8 @@ def _hash_cells(update: Callable[[bytes], None], column: pd.Series[Any], where: 
             update(repr(cells).encode("utf-8", "surrogatepass"))
     except RecursionError:
         raise SourceError(f"{where} holds values that are nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise SourceError(f"{where} holds a value without a text: {str(error).split(';')[0]}") from None
 
 
 def _read_source(
@@ -174,22 +195,22 @@ def _read_source(
     source: _Found,
     fields: SourceFields,
     report: Callable[[int], None],
-) -> int:
-    """Read one source; how many runs it has."""
+) -> tuple[int, str | None]:
+    """Read one source; how many runs it has, and the load generator that wrote it."""
     shown = printable(source.shown)
     if isinstance(source.content, pd.DataFrame):
         writer = RunWriter(connection, source_id, fields)
         _read_frame(source.content, shown, fields, writer)
         writer.flush()
-        return writer.rows
+        return writer.rows, None
     try:
-        rows = _read_file(connection, source_id, source.content, shown, fields, report)
+        rows, tool = _read_file(connection, source_id, source.content, shown, fields, report)
         status = source.content.stat()
     except OSError as error:
         raise unreadable(shown, error) from None
     if (status.st_size, status.st_mtime_ns) != (source.size_bytes, source.modified_ns):
         raise SourceError(f"{shown}: the file changed while it was read; build again once it is complete")
-    return rows
+    return rows, tool
 
 
 def _read_file(
@@ -199,20 +220,34 @@ def _read_file(
     shown: str,
     fields: SourceFields,
     report: Callable[[int], None],
-) -> int:
+) -> tuple[int, str | None]:
     ending = path.suffix.lower()
     if ending == ".parquet":
-        return read_parquet(connection, path, shown, source_id, fields)
+        return read_parquet(connection, path, shown, source_id, fields), None
+    tool = None
     with path.open("rb") as stream:
         writer = RunWriter(connection, source_id, fields, lambda: report(stream.tell()))
         if ending == ".json":
-            _read_json(stream, shown, fields, writer)
+            found = open_served(stream, shown, os.fstat(stream.fileno()).st_size, fields.scalars)
+            if found is None:
+                _read_json(stream, shown, fields, writer)
+            else:
+                tool, rows = found
+                _add_served(rows, fields, writer)
         elif ending == ".csv":
             _read_csv(stream, shown, fields, writer)
         else:
-            _read_json_lines(stream, shown, fields, writer)
+            tool = _read_json_lines(stream, shown, fields, writer)
         writer.flush()
-        return writer.rows
+        return writer.rows, tool
+
+
+def _add_served(rows: Iterable[Row], fields: SourceFields, writer: RunWriter) -> None:
+    for row in rows:
+        if isinstance(row, str):
+            writer.add_problem(row)
+        else:
+            writer.add([row.get(name) for name in fields.scalars], [row.get(name) for name in fields.steps])
 
 
 def _read_json(stream: BinaryIO, shown: str, fields: SourceFields, writer: RunWriter) -> None:
@@ -245,7 +280,9 @@ def _read_json(stream: BinaryIO, shown: str, fields: SourceFields, writer: RunWr
     finish()
 
 
-def _read_json_lines(stream: BinaryIO, shown: str, fields: SourceFields, writer: RunWriter) -> None:
+def _read_json_lines(stream: BinaryIO, shown: str, fields: SourceFields, writer: RunWriter) -> str | None:
+    """Read one run a line; the load generator that wrote the last line that one wrote."""
+    tool = None
     for number, line in enumerate(_without_bom(stream), 1):
         if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise SourceError(f"{shown}: not UTF-8 text at byte offset 0: the file is UTF-16")
@@ -266,8 +303,12 @@ def _read_json_lines(stream: BinaryIO, shown: str, fields: SourceFields, writer:
                 writer.add_problem(f"line {number} is {brief(run)}, not an object")
             elif RESULTS in run:
                 writer.add_problem(f"line {number} holds {RESULTS}: put one run on a line, or name the file .json")
+            elif found := served_line(run, fields.scalars):
+                tool, rows = found
+                _add_served(rows, fields, writer)
             else:
-                writer.add([run.get(name) for name in fields.scalars], [run.get(name) for name in fields.steps])
+                _add_served([run], fields, writer)
+    return tool
 
 
 def _read_csv(stream: BinaryIO, shown: str, fields: SourceFields, writer: RunWriter) -> None:

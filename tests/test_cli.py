@@ -21,7 +21,7 @@ import pytest
 import lutest
 from lutest.cli import main
 
-COMMANDS = ("build", "convert", "info", "lookup", "feasible", "sql")
+COMMANDS = ("build", "convert", "export", "info", "lookup", "feasible", "sql")
 PROJECT = Path(__file__).parent.parent
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 from pathlib import Path
 
 import duckdb
 import pytest
 
-from lutest.errors import ArgumentError, TableError
-from lutest.sql import connect
+import lutest
+from lutest.errors import ArgumentError, LutestError, TableError
+from lutest.sql import connect, run_query
+from tests.synthetic import make_figures, write_file
 
 REFUSED = (
     "SET memory_limit = '8GB'",
@@ -33,6 +36,41 @@ REFUSED = (
     "UPDATE prefill SET p50_ms = 0",
     "DROP TABLE prefill",
     "SELECT * FROM local_rows",
+    "SELECT * FROM read_blob('{outside}/secret.csv')",
+    "SELECT * FROM read_json('{outside}/secret.csv')",
+    "SELECT * FROM read_parquet('{outside}/secret.csv')",
+    "SELECT * FROM sniff_csv('{outside}/secret.csv')",
+    "SELECT * FROM parquet_metadata('{outside}/secret.csv')",
+    "SELECT * FROM query('FROM read_text(''{outside}/secret.csv'')')",
+    "SELECT * FROM query_table('{outside}/secret.csv')",
+    "SUMMARIZE '{outside}/secret.csv'",
+    "SELECT getenv('HOME')",
+    "COPY prefill FROM '{outside}/secret.csv'",
+    "COPY prefill TO '/dev/stdout'",
+    "EXPLAIN ANALYZE COPY prefill TO '{outside}/stolen.csv'",
+    "IMPORT DATABASE '{outside}'",
+    "PRAGMA import_database('{outside}')",
+    "ATTACH 'https://example.org/other.duckdb' AS other",
+    "CREATE PERSISTENT SECRET s (TYPE s3, KEY_ID 'a', SECRET 'b')",
+    "INSTALL h3 FROM community",
+    "INSTALL '{outside}/evil.duckdb_extension'",
+    "SET threads = 64",
+    "SET GLOBAL memory_limit = '1TB'",
+    "SET SESSION temp_directory = '{outside}'",
+    "PRAGMA temp_directory = '{outside}'",
+    "SET custom_extension_repository = '{outside}'",
+    "SET allow_unsigned_extensions = true",
+    "PRAGMA profiling_output = '{outside}/profile.json'",
+    "SET log_query_path = '{outside}/log'",
+    "CALL enable_logging(storage = 'file', storage_path = '{outside}')",
+    "CREATE TEMP TABLE mine AS FROM read_csv('{outside}/secret.csv')",
+    "CREATE MACRO mine() AS 1",
+    "CREATE VIEW mine AS SELECT 1",
+    "ALTER TABLE prefill ADD COLUMN mine INTEGER",
+    "COMMENT ON TABLE prefill IS 'mine'",
+    ".system ls",
+    ".read {outside}/secret.csv",
+    "\\! ls",
 )
 
 
@@ -53,6 +91,39 @@ def test_refuses_what_reaches_beyond_the_table(statement: str, direct_table: Pat
         connection.execute(statement.replace("{outside}", str(outside)))
     assert [path.name for path in outside.iterdir()] == ["secret.csv"]
     assert hashlib.sha256(direct_table.read_bytes()).hexdigest() == before
+
+
+@pytest.mark.parametrize("form", ["{view}", "{view}; SELECT 1"])
+def test_one_statement_after_another_is_refused_as_well(form: str, direct_table: Path, outside: Path) -> None:
+    statement = form.replace("{view}", f"SELECT 1; COPY prefill TO '{outside}/stolen.csv'")
+    with pytest.raises(LutestError, match="query: Permission Error"):
+        run_query(direct_table, statement)
+    assert [path.name for path in outside.iterdir()] == ["secret.csv"]
+
+
+def test_a_table_that_reads_other_files_is_not_read(tmp_path: Path, outside: Path) -> None:
+    """A stranger's file may hold views in the place of tables."""
+    path = write_file(make_figures(), tmp_path / "stranger.duckdb")
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("DROP TABLE output_length")
+        connection.execute(
+            "CREATE VIEW output_length AS"
+            f" SELECT content AS workload, 1 AS output_tokens, 1 AS n FROM read_text('{outside}/secret.csv')"
+        )
+    with pytest.raises(TableError, match=r"secret\.csv"):
+        lutest.load(path)
+    with connect(path) as connection, pytest.raises(duckdb.PermissionException):
+        connection.execute("FROM output_length")
+
+
+def test_no_file_of_lutest_is_a_pickle() -> None:
+    package = Path(lutest.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                names.append(node.module or "")
+            assert not {name.partition(".")[0] for name in names} & {"pickle", "marshal", "shelve", "joblib"}, path
 
 
 def test_no_extension_is_loaded_or_installed_on_its_own(direct_table: Path) -> None:
