@@ -1,0 +1,260 @@
+"""The recorder: runs timed in one pass and kept, whatever becomes of the session."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import random
+import statistics
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import ArgumentError
+from .clock import Clock, make_clock
+from .machine import clock_record, device_name, software
+from .run import Run
+from .shards import RunStore
+
+__all__ = ["Recorder", "interleave", "measure_step_overhead"]
+
+_OVERHEAD_ROUNDS = 21
+_OVERHEAD_STEPS = 200
+
+# (tier, top_k, num_blocks)
+RunConfiguration = tuple[str, int, int]
+
+
+class Recorder:
+    """Records timed runs in a folder of Parquet shards, which `lutest.build` and `lutest.convert` read as they are.
+
+    A session that was interrupted, killed even, goes on where it stopped when the recorder is opened again on the same
+    folder: `plan` leaves out what is there.
+
+    Parameters
+    ----------
+    folder : path
+        Where the runs go.
+    model : str
+        What was profiled.
+    device : str, optional
+        What it ran on; the name of the CPU if left out.
+    workload : str, optional
+        What the requests were.
+    synchronization : {"none", "synchronize", "events"}
+        How stages are timed; see `make_clock`. On a CUDA device ``none`` would time how long it takes to ask for the
+        work, not how long the work takes.
+    settings : mapping, optional
+        What else must be the same in all sessions of this folder, such as sizes and seeds.
+    runs_per_shard : int
+        Runs in one Parquet file.
+
+    Attributes
+    ----------
+    step_overhead_us : float
+        What recording adds to a decode step, in microseconds: the cost of an empty step, measured at the beginning.
+    n_recorded, n_warmup : int
+        Runs of this session.
+
+    Raises
+    ------
+    LutestError
+        The folder cannot be written or is in use, was begun with other settings, or the clock is not to be had.
+
+    Examples
+    --------
+    >>> with Recorder("results/mine", model="my model") as recorder:  # doctest: +SKIP
+    ...     for key, sample_id in recorder.plan([("low", 4, 12), ("low", 8, 16)], runs_per_key=100):
+    ...         with recorder.run(key, sample_id=sample_id, prompt_tokens=64) as run:
+    ...             with run.prefill():
+    ...                 token = prefill()
+    ...             while not is_end(token):
+    ...                 with run.step():
+    ...                     token = decode(token)
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        model: str,
+        device: str | None = None,
+        workload: str | None = None,
+        synchronization: str = "none",
+        settings: Mapping[str, object] | None = None,
+        runs_per_shard: int = 64,
+    ) -> None:
+        if runs_per_shard < 1:
+            raise ArgumentError(f"runs_per_shard is {runs_per_shard}; it must be at least 1")
+        self._clock = make_clock(synchronization)
+        self.step_overhead_us = round(measure_step_overhead(self._clock), 4)
+        self.n_recorded = 0
+        self.n_warmup = 0
+        self._store = RunStore(Path(folder), {"model": model, **(settings or {})}, runs_per_shard)
+        self._constants = {
+            "workload": workload,
+            "device": device or device_name(),
+            "model": model,
+            "software": software(),
+            "synchronization": synchronization,
+            "step_overhead_us": self.step_overhead_us,
+            "session": uuid.uuid4().hex[:12],
+        }
+        try:
+            self._store.begin_session({"started_at": _now(), **self._constants, **clock_record()})
+        except BaseException:
+            self._store.close()
+            raise
+
+    def plan(
+        self, keys: Sequence[RunConfiguration], runs_per_key: int, *, seed: int = 0
+    ) -> list[tuple[RunConfiguration, int]]:
+        """Runs still to do, configurations interleaved in random order: (key, sample_id) each.
+
+        Parameters
+        ----------
+        keys : sequence of (tier, top_k, num_blocks)
+            Configurations.
+        runs_per_key : int
+            Runs that each of them is to have in all sessions together.
+        seed : int
+            Of the random order; the same seed gives the same order.
+        """
+        return [
+            (key, sample_id)
+            for key, sample_id in interleave(keys, runs_per_key, seed)
+            if (*key, sample_id) not in self._store.recorded
+        ]
+
+    @contextlib.contextmanager
+    def run(
+        self,
+        key: RunConfiguration,
+        *,
+        sample_id: int | None = None,
+        prompt_tokens: int | None = None,
+        vision_tokens: int | None = None,
+        text_tokens: int | None = None,
+        warmup: bool = False,
+    ) -> Iterator[Run]:
+        """Time one run; it is kept when the block is left without an exception.
+
+        Parameters
+        ----------
+        key : (tier, top_k, num_blocks)
+            The configuration.
+        sample_id : int, optional
+            Number of the run within its configuration; the next free one if left out.
+        prompt_tokens, vision_tokens, text_tokens : int, optional
+            Tokens in the KV cache after prefill; may also be set on the run. The number of output tokens needs no
+            telling: it is one more than the decode steps.
+        warmup : bool
+            Time it, but leave it out of the runs: the first runs pay for allocation and cold caches.
+
+        Raises
+        ------
+        ArgumentError
+            The key is none, the run is there already, its stages overlap, or its length is missing.
+        """
+        tier, top_k, num_blocks = _checked_key(key)
+        if not warmup:
+            sample_id = self._free_sample_id((tier, top_k, num_blocks), sample_id)
+        run = Run(self._clock, warmup=warmup)
+        run.prompt_tokens, run.vision_tokens, run.text_tokens = prompt_tokens, vision_tokens, text_tokens
+        started_at = _now()
+        yield run
+        times = run.finish()
+        if run.prompt_tokens is None:
+            if run.vision_tokens is None or run.text_tokens is None:
+                raise ArgumentError("a run needs prompt_tokens, or vision_tokens and text_tokens")
+            run.prompt_tokens = run.vision_tokens + run.text_tokens
+        if warmup:
+            self.n_warmup += 1
+            return
+        self._store.append(
+            {
+                "sample_id": sample_id,
+                "tier": tier,
+                "top_k": top_k,
+                "num_blocks": num_blocks,
+                "prompt_tokens": run.prompt_tokens,
+                "vision_tokens": run.vision_tokens,
+                "text_tokens": run.text_tokens,
+                "output_tokens": len(times.decode_steps_ms) + 1,
+                "ends_with_eos": run.ends_with_eos,
+                "vision_ms": round(times.vision_ms, 6),
+                "prefill_ms": round(times.prefill_ms, 6),
+                "decode_ms": round(sum(times.decode_steps_ms), 6),
+                "decode_steps_ms": times.decode_steps_ms,
+                "total_ms": times.total_ms,
+                **self._constants,
+                "started_at": started_at,
+            }
+        )
+        self.n_recorded += 1
+
+    def close(self) -> None:
+        """Write what is left and let go of the folder."""
+        try:
+            self._store.end_session({"ended_at": _now(), "runs": self.n_recorded, "warmup_runs": self.n_warmup})
+        finally:
+            self._store.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _free_sample_id(self, key: RunConfiguration, sample_id: int | None) -> int:
+        if sample_id is None:
+            return 1 + max((run[3] for run in self._store.recorded if run[:3] == key), default=-1)
+        if (*key, sample_id) in self._store.recorded:
+            raise ArgumentError(f"sample_id {sample_id} of {key} is recorded already; take runs from `plan`")
+        return sample_id
+
+
+def interleave(
+    keys: Sequence[RunConfiguration], runs_per_key: int, seed: int
+) -> Iterator[tuple[RunConfiguration, int]]:
+    """Every configuration once in random order, then every one again in another, and so on.
+
+    Taken one after another, configurations would differ by what the machine did meanwhile: its heat, its load.
+    """
+    if runs_per_key < 1:
+        raise ArgumentError(f"runs_per_key is {runs_per_key}; it must be at least 1")
+    distinct = list(dict.fromkeys(map(_checked_key, keys)))
+    for sample_id in range(runs_per_key):
+        order = distinct.copy()
+        random.Random(f"order {seed} {sample_id}").shuffle(order)
+        for key in order:
+            yield key, sample_id
+
+
+def measure_step_overhead(clock: Clock) -> float:
+    """What recording adds to a decode step, in microseconds: the median cost of an empty step."""
+    costs = []
+    for _ in range(_OVERHEAD_ROUNDS):
+        run = Run(clock)
+        started = time.perf_counter_ns()
+        for _ in range(_OVERHEAD_STEPS):
+            with run.step():
+                pass
+        costs.append((time.perf_counter_ns() - started) / 1e3 / _OVERHEAD_STEPS)
+    return statistics.median(costs)
+
+
+def _checked_key(key: RunConfiguration) -> RunConfiguration:
+    tier, top_k, num_blocks = key
+    if not isinstance(tier, str) or not tier or top_k < 1 or num_blocks < 1:
+        raise ArgumentError(f"{key!r} is no configuration: (tier, top_k, num_blocks), such as ('low', 8, 16)")
+    return tier, int(top_k), int(num_blocks)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
