@@ -55,13 +55,13 @@ def aiperf_row(record: Mapping[str, object]) -> Row:
         first = "ttft" if "ttft" in metrics else "time_to_first_token"
         if first not in metrics:
             return f"no {first}: the answer was not streamed"
-        [prefill_ms], [latency_ms] = _times_ms(metrics, first), _times_ms(metrics, "request_latency")
+        prefill_ms, latency_ms = _time_ms(metrics, first), _time_ms(metrics, "request_latency")
         return served_run(
             _count(metrics, "usage_prompt_tokens", "input_sequence_length"),
             _count(metrics, "usage_completion_tokens", "output_sequence_length"),
             prefill_ms,
             latency_ms - prefill_ms,
-            _times_ms(metrics, "inter_chunk_latency") if "inter_chunk_latency" in metrics else None,
+            _gaps_ms(metrics),
             sample_id=metadata.get("x_request_id"),
         )
     except UnusableRequestError as unusable:
@@ -78,15 +78,25 @@ def _count(metrics: Mapping[str, object], server: str, own: str) -> object:
     return _metric(metrics, own).get("value") if value is None else value
 
 
-def _times_ms(metrics: Mapping[str, object], name: str) -> list[float]:
-    """Times of a metric; a single one as a list of one."""
+def _time_ms(metrics: Mapping[str, object], name: str) -> float:
     metric = _metric(metrics, name)
-    unit, value = metric.get("unit"), metric.get("value")
-    factor = _MILLISECONDS.get(unit) if isinstance(unit, str) else None
-    if value is not None and factor is None:
+    return number(metric.get("value"), name) * _milliseconds(metric, name)
+
+
+def _gaps_ms(metrics: Mapping[str, object]) -> list[float] | None:
+    name = "inter_chunk_latency"
+    if name not in metrics:
+        return None
+    metric = _metric(metrics, name)
+    return [gap * _milliseconds(metric, name) for gap in numbers(metric.get("value"), name)]
+
+
+def _milliseconds(metric: Mapping[str, object], name: str) -> float:
+    """Milliseconds in the unit of a metric."""
+    unit = metric.get("unit")
+    if not isinstance(unit, str) or unit not in _MILLISECONDS:
         raise UnusableRequestError(f"{name} is in {brief(unit)}, not one of {', '.join(_MILLISECONDS)}")
-    values = numbers(value, name) if isinstance(value, list) else [number(value, name)]
-    return [item * (factor or 1.0) for item in values]
+    return _MILLISECONDS[unit]
 
 
 def read_genai_perf(text: JsonText) -> Iterator[Row]:

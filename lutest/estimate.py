@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import accumulate
 from math import sqrt
-from struct import iter_unpack
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from lutest.arguments import MAX_TOKENS, positive_ms, quantile_index, whole_number
 from lutest.errors import NoDecodeDataError
@@ -16,25 +14,15 @@ from lutest.explanation import Explanation, Part
 from lutest.figures import Curve, Key, KeyFigures
 from lutest.lengths import Lengths, lengths_of, levels_of, mean_over_lengths, share_within
 from lutest.pieces import KeyPieces, Pieces, key_pieces, sum_to, value_at
-
-__all__ = ["Entry", "most_rows"]
+from lutest.rows import MOST_ROWS, NO_ROWS, total_rows
 
 if TYPE_CHECKING:
-    from typing import TypeAlias
+    from lutest.rows import TotalRows, TotalViews
 
-    _View: TypeAlias = memoryview[float]
-    # prefill P50, sums to x and x - 1, median ratio, the deviation's: ratio and two terms of prefill (not for the
-    # median), sign; sums to x - 1 and ratios are by tokens, one more than steps (see lutest.grid.entry_views)
-    _TotalViews: TypeAlias = tuple[_View, _View, _View, _View, _View, _View, _View, float]
-    # what a P95 total is made of, as rows: by prompt P50, sum and the deviation's two terms; sums to x - 1; by tokens
-    # median ratio and the deviation's; empty outside of what is asked for most (see _total_rows)
-    _TotalRows: TypeAlias = tuple[list[tuple[float, float, float, float]], _View, list[tuple[float, float]]]
+__all__ = ["Entry"]
 
-ROWS = 22_000  # prompt lengths of a whole table that have a row, 200 bytes each
-_MOST_TOKENS = 256  # tokens that have a row in each entry
 _EXPECTED_TOLERANCE = 1e-4
 _P_WITHIN_TOLERANCE = 4e-4
-_NO_ROWS: _TotalRows = ([], memoryview(b"").cast("d"), [])
 _RANK = {"measured": 0, "interpolated": 1, "extrapolated": 2}
 
 
@@ -104,8 +92,8 @@ class Entry:
     _own_prefill: dict[float, float]
     _views: tuple[memoryview[float], ...]
     _prefill_views: dict[float, memoryview[float]]
-    _total_views: dict[float, _TotalViews]
-    _p95_rows: _TotalRows
+    _total_views: dict[float, TotalViews]
+    _p95_rows: TotalRows
 
     def __init__(
         self,
@@ -114,7 +102,7 @@ class Entry:
         views: tuple[memoryview[float], ...] = (),
         pieces: KeyPieces | None = None,
         lengths: Mapping[str | None, Lengths] | None = None,
-        most_rows: int = ROWS // 32,
+        most_rows: int = MOST_ROWS // 32,
     ) -> None:
         """Take the figures of one key and, for speed, its rows of the grid (see `lutest.grid.build_grid`).
 
@@ -125,7 +113,7 @@ class Entry:
         prefill, decode = figures.prefill.quantiles_ms, figures.decode.quantiles_ms if figures.decode else None
         pieces = key_pieces(figures, median) if pieces is None else pieces
         prefill_views: dict[float, memoryview[float]] = {}
-        total_views: dict[float, _TotalViews] = {}
+        total_views: dict[float, TotalViews] = {}
         if views:
             prefill_views = dict(zip(quantiles, views, strict=False))
         if views and pieces.step is not None:
@@ -153,7 +141,7 @@ class Entry:
             ("_views", views),
             ("_prefill_views", prefill_views),
             ("_total_views", total_views),
-            ("_p95_rows", _total_rows(figures, total_views[0.95], most_rows) if 0.95 in total_views else _NO_ROWS),
+            ("_p95_rows", total_rows(figures, total_views[0.95], most_rows) if 0.95 in total_views else NO_ROWS),
         ):
             object.__setattr__(self, name, value)
 
@@ -521,46 +509,3 @@ def _restore_entry(
     figures: KeyFigures, quantiles: tuple[float, ...], rows: tuple[bytes, ...], lengths: dict[str | None, Lengths]
 ) -> Entry:
     return Entry(figures, quantiles, tuple(memoryview(row).cast("d") for row in rows), None, lengths)
-
-
-def most_rows(keys: Sequence[KeyFigures]) -> int:
-    """How many rows each entry of a table may have, so that all of them have no more than `ROWS`."""
-    left = ROWS
-    wanted = sorted(len(_measured_prompts(figures)) for figures in keys)
-    for number, rows in enumerate(wanted):
-        if rows * (len(wanted) - number) > left:
-            return left // (len(wanted) - number)
-        left -= rows
-    return wanted[-1]
-
-
-def _measured_prompts(figures: KeyFigures) -> range:
-    """Prompt lengths between the knots, those left aside that no run stands behind."""
-    curve = figures.prefill_curve
-    known = [x for x, source in zip(curve.at, curve.source, strict=True) if source != "extrapolated"] or curve.at
-    return range(known[0], known[-1] + 1)
-
-
-def _total_rows(figures: KeyFigures, views: _TotalViews, most_rows: int) -> _TotalRows:
-    """The views as rows, for the prompt lengths that were measured: one look instead of four."""
-    p50, sums, sums_before, ratio, spread, u, v, _ = views
-    prompts = _measured_prompts(figures)
-    stop = min(prompts.stop, len(p50))
-    first = max(min(prompts.start, stop), min(figures.prompt_tokens_p50 - most_rows // 2, stop - most_rows))
-    stop = min(stop, first + most_rows)
-    ratios = figures.decode_total
-    last = _MOST_TOKENS if ratios is None else min(ratios.decode_steps[-1] + 2, _MOST_TOKENS)
-    at_prompt = [cast("tuple[float, float, float, float]", ())] * first
-    at_prompt += _side_by_side(p50[first:stop], sums[first:stop], u[first:stop], v[first:stop])
-    at_tokens = [cast("tuple[float, float]", ())] * 2  # one token: prefill alone, exactly
-    at_tokens += _side_by_side(ratio[2:last], spread[2:last])
-    at_tokens += at_tokens[-1:] * (_MOST_TOKENS - last)  # constant from the last knot on
-    return at_prompt, sums_before, at_tokens
-
-
-def _side_by_side(*views: _View) -> list[tuple[Any, ...]]:
-    """Rows of the views, the numbers of a row next to each other in memory, so that one look brings them all."""
-    table = array("d", bytes(8 * len(views) * len(views[0])))
-    for column, view in enumerate(views):
-        table[column :: len(views)] = array("d", view.tobytes())
-    return list(iter_unpack(f"{len(views)}d", table))

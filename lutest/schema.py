@@ -138,7 +138,7 @@ TABLES: dict[str, Table] = {
                 Column(
                     "mean_ms",
                     "DOUBLE",
-                    "Mean of a timed decode step; without timed steps, all decode time over all steps, and p50_ms where "
+                    "Mean of a timed decode step; without timed steps, all decode time over all steps, p50_ms if "
                     "all of that was clamped at zero",
                 ),
                 Column(

@@ -73,7 +73,7 @@ def served_run(
         run["decode_ms"] = 0.0  # what follows the only token, such as a closing chunk, is no step
     elif isinstance(output_tokens, (int, float)) and output_tokens >= 2 and 0 <= decode_ms < CHUNKS_TOGETHER_MS:
         raise UnusableRequestError(
-            f"all {brief(output_tokens)} tokens came at once: the time to the first one is not known; stream the answers"
+            f"all {brief(output_tokens)} tokens came at once: the time to the first is not known; stream the answers"
         )
     elif gaps and len(gaps) + 1 == output_tokens and all(gap >= CHUNKS_TOGETHER_MS for gap in gaps):
         run["decode_steps_ms"] = list(gaps)

@@ -10,13 +10,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, cast, overload
 
 from lutest.errors import ArgumentError, TableError, UnknownKeyError
-from lutest.estimate import Entry, most_rows
+from lutest.estimate import Entry
 from lutest.explanation import Explanation
 from lutest.figures import Figures, Key, KeyFigures, Quality
 from lutest.integrity import refuse_unfinished
 from lutest.lengths import Lengths, lengths_by_workload
 from lutest.pieces import key_pieces
 from lutest.reader import read_figures
+from lutest.rows import most_rows
 from lutest.search import Option, Request, best_of, fitting, front_of, given_qualities, held_qualities
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from lutest.batch import Batch
-    from lutest.estimate import _TotalRows
     from lutest.grid import Floats, Ints
     from lutest.reloading import ReloadingTable
+    from lutest.rows import TotalRows
     from lutest.torch_module import LatencyModule
 
 __all__ = ["LatencyTable", "load", "lookup", "use"]
@@ -94,7 +95,7 @@ class LatencyTable:
     _missing: Missing
     _p50_views: dict[tuple[Tier, int, int], memoryview[float]]
     _p95_views: dict[tuple[Tier, int, int], memoryview[float]]
-    _p95_rows: dict[tuple[Tier, int, int], _TotalRows]
+    _p95_rows: dict[tuple[Tier, int, int], TotalRows]
 
     def __init__(
         self,

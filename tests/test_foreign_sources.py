@@ -366,6 +366,8 @@ def test_aiperf_metrics(tmp_path: Path, metrics: dict[str, Any], expected: tuple
         (sound_aiperf(request_latency={"value": 20.0, "unit": "ms"}), "all 4 tokens came at once"),
         (sound_aiperf(request_latency={"value": 20.0, "unit": "parsec"}), "request_latency is in 'parsec', not one of"),
         (sound_aiperf(request_latency=None), "no request_latency"),
+        (sound_aiperf(request_latency={"value": [], "unit": "ms"}), "request_latency is [], not a number"),
+        (sound_aiperf(inter_chunk_latency={"value": 5, "unit": "ms"}), "inter_chunk_latency is 5, not a list"),
         ({**sound_aiperf(), "error": {"code": 499, "message": "cancelled"}}, "the request failed: cancelled"),
         ({**sound_aiperf(), "metadata": {"credit_phase": "warmup"}}, "a warm-up request"),
     ],

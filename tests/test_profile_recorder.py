@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import duckdb
@@ -331,6 +333,66 @@ def test_the_overhead_is_what_an_empty_step_costs() -> None:
             return float(sum(range(1000)))
 
     assert 0 < measure_step_overhead(StandStillClock()) < measure_step_overhead(SlowClock())
+
+
+class StandInCuda:
+    """What is used of torch.cuda; its time moves only when it is told to."""
+
+    def __init__(self) -> None:
+        self.waits = 0
+        self.now = 0.0
+        cuda = self
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                assert enable_timing
+                self.at = -1.0
+
+            def record(self) -> None:
+                self.at = cuda.now
+
+            def elapsed_time(self, end: Event) -> float:
+                assert cuda.waits, "read before the device was waited for"
+                return end.at - self.at
+
+            def synchronize(self) -> None:
+                cuda.waits += 1
+
+        self.Event = Event
+
+    def is_available(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        self.waits += 1
+
+
+def test_cuda_events_are_read_after_the_run_and_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = StandInCuda()
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    with Recorder(tmp_path, model="a model", synchronization="events") as recorder:
+        with recorder.run(("low", 4, 12), prompt_tokens=9) as run:
+            with run.prefill():
+                cuda.now += 40
+            for step_ms in (5, 6):
+                with run.step():
+                    cuda.now += step_ms
+            assert cuda.waits == 0
+        assert cuda.waits == 1
+    (row,) = rows_of(tmp_path)
+    assert (row["prefill_ms"], row["decode_steps_ms"], row["total_ms"]) == (40, [5, 6], 51)
+    assert row["synchronization"] == "events"
+
+
+def test_synchronization_waits_at_both_ends_of_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = StandInCuda()
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    with Recorder(tmp_path, model="a model", synchronization="synchronize") as recorder:
+        before = cuda.waits
+        record(recorder, ("low", 4, 12), steps=3)
+        assert cuda.waits - before == 2 * 4
 
 
 @pytest.mark.parametrize("synchronization", ["synchronize", "events"])

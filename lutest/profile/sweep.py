@@ -222,7 +222,8 @@ def _prepare_device(torch: Any, device: str, threads: int | None, synchronizatio
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.cuda.set_device(device)
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(device)  # where CUDA events are recorded
     return f"{torch.cuda.get_device_name(device)}, bfloat16", synchronization or "events"
 
 
