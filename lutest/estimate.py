@@ -455,7 +455,8 @@ class Entry:
         total_source = _worst(prefill.source, decode.source) if n > 1 else prefill.source
         total_n = min(prefill.n, decode.n) if n > 1 else prefill.n
         total = Part(self.total_ms(prompt, n, q), total_n, total_source)
-        return Explanation(self.key, prompt, n, q, prefill, decode_step, decode, total)
+        fill_error = figures.fill_error
+        return Explanation(self.key, prompt, n, q, prefill, decode_step, decode, total, fill_error)
 
     def _checked(self, prompt_tokens: object, output_tokens: object, q: object) -> tuple[int, int | None, int]:
         i = quantile_index(self._quantiles, q)

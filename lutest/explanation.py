@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lutest.figures import Key
+from lutest.figures import FillError, Key
 
 __all__ = ["Explanation", "Part"]
 
@@ -34,7 +34,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Explanation:
-    """An estimate with all its parts; `decode_step` is the first step, None where no run had one."""
+    """An estimate with all its parts.
+
+    `decode_step` is the first step, None where no run had one; `fill_error` how far off a configuration is that was
+    filled in, None for a measured one.
+    """
 
     key: Key
     prompt_tokens: int | None
@@ -44,6 +48,7 @@ class Explanation:
     decode_step: Part | None
     decode: Part
     total: Part
+    fill_error: FillError | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, ready for JSON."""
@@ -63,4 +68,10 @@ class Explanation:
             upper = "" if part.p95_upper_ms is None else f"{part.p95_upper_ms:.3f}"
             label = "first step" if name == "decode_step" else name
             lines.append(f"  {label:<12}{part.value_ms:>12.3f}{part.n:>9}  {part.source:<13}{upper}".rstrip())
+        if self.fill_error is not None:
+            errors = {"prefill": self.fill_error.prefill, "decode step": self.fill_error.decode_step}
+            known = [f"{error:.1%} in {name}" for name, error in errors.items() if error is not None]
+            lines.append(
+                f"  not measured: P50 off by {' and '.join(known) or 'nobody knows how much'}, by leaving keys out"
+            )
         return "\n".join(lines)

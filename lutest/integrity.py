@@ -41,7 +41,9 @@ def content_hash(connection: duckdb.DuckDBPyConnection, database: str | None = N
         # Ties in the order (rejected rows of one place) are told apart by all the other columns.
         where = f"WHERE key NOT IN {VOLATILE_META!r}" if table.name == "meta" else ""
         columns = "* EXCLUDE (path)" if table.name == "sources" else "*"
-        order = ", ".join(map(quote, table.order))
+        # DuckDB 1.2 does not always sort texts beyond ASCII by their bytes, as it does their hexadecimal digits.
+        texts = {column.name for column in table.columns if column.type == "VARCHAR"}
+        order = ", ".join(f"hex(encode({quote(name)}))" if name in texts else quote(name) for name in table.order)
         cursor = connection.execute(f"SELECT {columns} FROM {prefix}{quote(table.name)} {where} ORDER BY {order}")
         names = [column[0] for column in cursor.description or ()]
         digest.update(repr(names).encode())

@@ -398,3 +398,11 @@ def test_a_key_of_clamped_runs_alone_answers_by_what_others_say(tmp_path: Path) 
     path = build(runs=pd.concat([frame, clamped]), output=tmp_path / "t.duckdb").output
     assert _query(path, "SELECT n_clamped, mean_ms > 0 FROM decode").to_numpy().tolist() == [[0, True], [3, True]]
     assert lutest.load(path).decode_step_ms("low", 4, 16, 130) > 0
+
+
+def test_names_beyond_ascii_are_read_back_as_written(tmp_path: Path) -> None:
+    workloads = ["\U0001f600", "mixed", "%s{}$1?", "[null, 1]"]
+    frame = noisy_runs(runs_per_key=12)
+    frame["workload"] = [workloads[i % 4] for i in range(len(frame))]
+    path = build(runs=frame, output=tmp_path / "t.duckdb").output
+    assert lutest.load(path, verify=True).output_lengths.keys() == set(workloads)

@@ -387,7 +387,7 @@ CELLS = st.one_of(
 )
 
 
-@settings(SETTINGS, max_examples=40)
+@settings(SETTINGS, max_examples=25)
 @given(st.lists(st.dictionaries(st.sampled_from(mutation.FIELDS), CELLS), min_size=1, max_size=20), st.booleans())
 def test_any_values(
     tmp_path: Path, connection: duckdb.DuckDBPyConnection, runs: list[dict[str, object]], lines: bool

@@ -267,3 +267,14 @@ def test_a_wrong_path_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("LUTEST_TABLE", "/nowhere/table.duckdb")
     with pytest.raises(LutestError, match="no such table file"):
         lutest.lookup("low", 4, 12)
+
+
+def test_a_filled_in_configuration_says_how_far_off_it_may_be(direct_table: Path) -> None:
+    table = lutest.load(direct_table, missing="interpolate")
+    filled = table.explain("low", 5, 13, 100, 9)
+    assert filled.fill_error is not None
+    assert filled.fill_error.prefill is not None
+    assert 0 < filled.fill_error.prefill < 0.1
+    assert "by leaving keys out" in str(filled)
+    assert filled.as_dict()["fill_error"]["prefill"] == filled.fill_error.prefill
+    assert table.explain("low", 4, 12, 100, 9).fill_error is None
