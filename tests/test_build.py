@@ -406,3 +406,19 @@ def test_names_beyond_ascii_are_read_back_as_written(tmp_path: Path) -> None:
     frame["workload"] = [workloads[i % 4] for i in range(len(frame))]
     path = build(runs=frame, output=tmp_path / "t.duckdb").output
     assert lutest.load(path, verify=True).output_lengths.keys() == set(workloads)
+
+
+def test_one_key_that_dwarfs_the_others_leaves_figures_finite(tmp_path: Path) -> None:
+    names = ["tier", "top_k", "num_blocks", "prompt_tokens", "output_tokens", "prefill_ms", "decode_ms"]
+    rows: list[tuple[object, ...]] = [
+        ("x", 4, 12, 100, 2, 50.25, 999e6),
+        ("low", 10**6, 12, 1000, 1, 999e6, 0.0),
+        ("low", 4, 12, 1, 2, 13.0, 13.0),
+        ("x", 4, 12, 10**9, 17, 1000.0, 12.5),
+        ("low", 10**6, 12, 999_999_999, 1, 50.25, 50.25),
+        ("x", 4, 12, 4, 2, 1.0, 1e9),
+        ("low", 4, 12, 4, 3, 999e6, 12.5),
+    ]
+    frame = pd.DataFrame(rows, columns=names)
+    table = lutest.load(build({"cleaning": {"outliers": "none"}}, runs=frame, output=tmp_path / "t.duckdb").output)
+    assert 0 < table.total_ms("x", 4, 12, 100, 5, 0.5) <= table.total_ms("x", 4, 12, 100, 5, 0.95) < float("inf")

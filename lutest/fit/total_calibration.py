@@ -378,7 +378,9 @@ def _between(estimate: Array, variance: Array, doubt: float = 0.0) -> float:
     weight = 1 / variance
     mean = np.average(estimate, weights=weight)
     excess = np.sum(weight * (estimate - mean) ** 2) - (len(estimate) - 1) - doubt
-    return max(0.0, float(excess / (weight.sum() - np.sum(weight**2) / weight.sum())))
+    room = weight.sum() - np.sum(weight**2) / weight.sum()
+    # One weight that dwarfs the others leaves no room: nothing can be told of a variance between them.
+    return max(0.0, float(excess / room)) if room > 1e-9 * weight.sum() else 0.0
 
 
 def _leverage(u: Array, spread: Array, steps: Array, owner: Indices, n_keys: int) -> tuple[Array, Array]:
