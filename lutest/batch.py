@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lutest.arguments import MAX_TOKENS, quantile_index
+from lutest.batch_arguments import broadcast_arguments, checked_extent, flat_in_shape, positive_budgets
 from lutest.errors import ArgumentError, NoDecodeDataError, UnknownKeyError
 from lutest.figures import Figures
 from lutest.grid import Floats, Ints, deviation_rows, deviation_terms, flatten
 from lutest.pieces import KeyPieces
 
 __all__ = ["Batch"]
-
-_Number = TypeVar("_Number", np.float64, np.int64)
 
 CHUNK = 32_768  # elements at a time, so that what lies between two steps stays in the cache
 _KEPT = 4  # scratch arrays that are kept for the next call: fresh memory costs more than the arithmetic in it
@@ -166,11 +165,11 @@ class Batch:
     def prefill_ms(self, ids: ArrayLike, prompt_tokens: ArrayLike | None = None, q: float = 0.5) -> Floats:
         """As `Entry.prefill_ms`: milliseconds, in the broadcast shape of the arguments."""
         i = quantile_index(self._quantiles, q)
-        shape, key, (x,) = _arrays(ids, {"prompt_tokens": prompt_tokens})
+        shape, key, (x,) = broadcast_arguments(ids, {"prompt_tokens": prompt_tokens})
         out = np.empty(key.size)
         for part, known, safe in self._chunks(key):
             prompt = None if x is None else x[part]
-            longest = 0 if prompt is None else _extent("prompt_tokens", prompt, 0)[1]
+            longest = 0 if prompt is None else checked_extent("prompt_tokens", prompt, 0)[1]
             out[part] = self._prefill_of(safe, prompt, longest, i)
             _blank(out[part], known)
         return out.reshape(shape)
@@ -178,12 +177,12 @@ class Batch:
     def decode_step_ms(self, ids: ArrayLike, kv_len: ArrayLike, q: float = 0.5) -> Floats:
         """As `Entry.decode_step_ms`: milliseconds, in the broadcast shape of the arguments."""
         i = quantile_index(self._quantiles, q)
-        shape, key, (x,) = _arrays(ids, {"kv_len": kv_len})
+        shape, key, (x,) = broadcast_arguments(ids, {"kv_len": kv_len})
         assert x is not None
         out = np.empty(key.size)
         for part, known, safe in self._chunks(key):
             kv = x[part]
-            _extent("kv_len", kv, 1)
+            checked_extent("kv_len", kv, 1)
             self._need_decode(safe, known, None)
             out[part] = self._flats.step.value(i, self._flats.step.pieces_at(safe, kv), kv)
             _blank(out[part], known)
@@ -206,15 +205,9 @@ class Batch:
     ) -> Ints:
         """As `Entry.max_output_tokens`, in the broadcast shape of the arguments; -1 where the id is -1."""
         i = quantile_index(self._quantiles, q)
-        budgets = np.asarray(budget_ms)
-        if budgets.dtype.kind not in "iuf":
-            raise ArgumentError(f"budget_ms has dtype {budgets.dtype}; allowed: numbers")
-        budgets = budgets.astype(np.float64)
-        wrong = ~((budgets > 0.0) & (budgets < np.inf))
-        if wrong.any():
-            raise ArgumentError(f"budget_ms holds {budgets[wrong].flat[0]}; allowed: finite milliseconds above 0")
-        shape, key, (x,) = _arrays(ids, {"prompt_tokens": prompt_tokens}, budgets.shape)
-        budget = _flat(budgets, shape)
+        budgets = positive_budgets(budget_ms)
+        shape, key, (x,) = broadcast_arguments(ids, {"prompt_tokens": prompt_tokens}, budgets.shape)
+        budget = flat_in_shape(budgets, shape)
         prompt = x
         answer = np.full(key.size, -1, dtype=np.int64)
         known = np.flatnonzero(key >= 0)
@@ -262,7 +255,8 @@ class Batch:
         self, ids: ArrayLike, prompt_tokens: ArrayLike | None, output_tokens: ArrayLike, q: float, whole: bool
     ) -> Floats:
         i = quantile_index(self._quantiles, q)
-        shape, key, (prompt, n) = _arrays(ids, {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens})
+        tokens = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+        shape, key, (prompt, n) = broadcast_arguments(ids, tokens)
         assert n is not None
         out = np.empty(key.size)
         self._fill(key, prompt, n, i, out, whole)
@@ -272,8 +266,8 @@ class Batch:
         floats, integers = scratch = _take_scratch()
         for part, known, safe in self._chunks(key):
             start, count = self._typical_prompt[safe] if prompt is None else prompt[part], n[part]
-            _, longest_prompt = _extent("prompt_tokens", start, 0)
-            fewest, most = _extent("output_tokens", count, 1)
+            _, longest_prompt = checked_extent("prompt_tokens", start, 0)
+            fewest, most = checked_extent("output_tokens", count, 1)
             self._need_decode(safe, known, count)
             if longest_prompt + most <= self._width:
                 size = safe.size
@@ -401,49 +395,6 @@ def _take_scratch() -> _Scratch:
         return _scratch.pop()
     except IndexError:
         return np.empty((4, CHUNK)), np.empty((2, CHUNK), dtype=np.int64)
-
-
-def _arrays(
-    ids: ArrayLike, tokens: dict[str, ArrayLike | None], like: tuple[int, ...] = ()
-) -> tuple[tuple[int, ...], Ints, list[Ints | None]]:
-    """The broadcast shape, and ids and tokens in it: flat, contiguous, int64; None stays None."""
-    keys = np.asarray(ids)
-    if keys.dtype.kind not in "iu":
-        raise ArgumentError(f"ids has dtype {keys.dtype}; allowed: the integers that key_ids gives")
-    given = [None if value is None else _whole_numbers(name, value) for name, value in tokens.items()]
-    shapes = [keys.shape, *(array.shape for array in given if array is not None), like]
-    try:
-        shape = np.broadcast_shapes(*shapes)
-    except ValueError as error:
-        listed = ", ".join(map(str, shapes))
-        raise ArgumentError(f"the arguments have shapes that do not broadcast: {listed}") from error
-    return shape, _flat(keys.astype(np.int64, copy=False), shape), [a if a is None else _flat(a, shape) for a in given]
-
-
-def _flat(array: NDArray[_Number], shape: tuple[int, ...]) -> NDArray[_Number]:
-    return np.ascontiguousarray(np.broadcast_to(array, shape)).reshape(-1)
-
-
-def _whole_numbers(name: str, value: ArrayLike) -> Ints:
-    array = np.asarray(value)
-    if array.dtype.kind in "iub" or array.size == 0:
-        return array.astype(np.int64, copy=False)
-    if array.dtype.kind != "f":
-        raise ArgumentError(f"{name} has dtype {array.dtype}; allowed: whole numbers")
-    wrong = ~((np.abs(array) <= MAX_TOKENS) & (array == np.floor(array)))
-    if wrong.any():
-        raise ArgumentError(f"{name} holds {array[wrong].flat[0]}; allowed: whole numbers up to {MAX_TOKENS}")
-    return array.astype(np.int64)
-
-
-def _extent(name: str, x: Ints, least: int) -> tuple[int, int]:
-    """Least and largest element of tokens, checked."""
-    # as unsigned, negative numbers are large: where 0 is allowed, one pass finds both ends
-    low, high = int(np.minimum.reduce(x)) if least else 0, int(np.maximum.reduce(x.view(np.uint64)))
-    if low < least or high > MAX_TOKENS:
-        wrong = x[(x < least) | (x > MAX_TOKENS)]
-        raise ArgumentError(f"{name} holds {wrong[0]}; allowed: whole numbers from {least} to {MAX_TOKENS}")
-    return low, high
 
 
 def _blank(out: Floats, known: NDArray[np.bool_] | None) -> None:

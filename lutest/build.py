@@ -20,14 +20,12 @@ import pandas as pd
 from .aggregate import write_aggregates
 from .clean import write_accepted_runs
 from .config import DEFAULT_CONFIG, BuildConfig, load_config, parse_config
-from .discovery import printable
 from .errors import BuildError, ConfigError
 from .fit import FitInput, fit, upper_rank
 from .reader import read_figures
 from .runs import raw_fields, write_runs
 from .schema import SCHEMA_VERSION
-from .served_columns import check_served_columns
-from .sources import Source, SourceFields, read_sources
+from .sources import Source, SourceFields, check_served_columns, printable, read_sources
 from .store import locked, temporary_path, write_table
 
 __all__ = ["BuildSummary", "SourceSummary", "build", "work_database"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .config import BuildConfig, load_config
 from .errors import BuildError, ConfigError
 from .schema import quote
 from .sources import Source
-from .store import temporary_path
+from .store import locked, temporary_path
 
 __all__ = ["ConvertSummary", "convert"]
 
@@ -171,26 +171,34 @@ def _write_steps_by_position(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _write(connection: duckdb.DuckDBPyConnection, target: Path, columns: dict[str, str]) -> None:
-    temporary = temporary_path(target)
-    name = str(temporary).replace("'", "''")
     selected = ", ".join(f"{expression} AS {quote(name)}" for name, expression in columns.items())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        connection.execute("SET preserve_insertion_order = true")  # rows stay as ordered, whatever the threads
-        connection.execute(
-            f"""
-            COPY (
-                SELECT {selected} FROM convertible
-                ORDER BY convertible.tier, convertible.top_k, convertible.num_blocks,
-                    try_cast(convertible.sample_id AS BIGINT), convertible.sample_id, source_id, "row"
-            ) TO '{name}' (FORMAT parquet, COMPRESSION zstd)
-            """
-        )
-        os.replace(temporary, target)
+        with locked(target) as replaced, _temporary(replaced) as temporary:
+            name = str(temporary).replace("'", "''")
+            connection.execute("SET preserve_insertion_order = true")  # rows stay as ordered, whatever the threads
+            connection.execute(
+                f"""
+                COPY (
+                    SELECT {selected} FROM convertible
+                    ORDER BY convertible.tier, convertible.top_k, convertible.num_blocks,
+                        try_cast(convertible.sample_id AS BIGINT), convertible.sample_id, source_id, "row"
+                ) TO '{name}' (FORMAT parquet, COMPRESSION zstd)
+                """
+            )
+            os.replace(temporary, replaced)
     except duckdb.Error as error:
         raise BuildError(f"{target}: cannot write the runs: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise BuildError(f"{target}: cannot write the runs: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A file beside the target that is gone afterwards, unless it took the target's place."""
+    temporary = temporary_path(target)
+    try:
+        yield temporary
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

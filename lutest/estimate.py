@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import accumulate
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-from lutest.arguments import MAX_TOKENS, positive_ms, quantile_index, whole_number
+from lutest.arguments import positive_ms, quantile_index, whole_number
 from lutest.errors import NoDecodeDataError
+from lutest.evidence import curve_evidence, decode_evidence, prefill_evidence, weakest
 from lutest.explanation import Explanation, Part
-from lutest.figures import Curve, Key, KeyFigures
+from lutest.figures import Key, KeyFigures
 from lutest.lengths import Lengths, lengths_of, levels_of, mean_over_lengths, share_within
 from lutest.pieces import KeyPieces, Pieces, key_pieces, sum_to, value_at
 from lutest.rows import MOST_ROWS, NO_ROWS, total_rows
+from lutest.token_search import guess_tokens, most_tokens
 
 if TYPE_CHECKING:
     from lutest.rows import TotalRows, TotalViews
@@ -23,22 +24,6 @@ __all__ = ["Entry"]
 
 _EXPECTED_TOLERANCE = 1e-4
 _P_WITHIN_TOLERANCE = 4e-4
-_RANK = {"measured": 0, "interpolated": 1, "extrapolated": 2}
-
-
-def _support(at: tuple[int, ...], n: tuple[int, ...], low: int, high: int) -> tuple[range, bool]:
-    """Knots that values on low … high rest on, and whether any of it lies outside of all knots."""
-    first = max(0, bisect_right(at, low) - 1)
-    last = bisect_right(at, high) - 1
-    if last < 0:
-        last = 0
-    elif at[last] < high and last + 1 < len(n):
-        last += 1
-    return range(first, last + 1), low < at[0] or high > at[-1]
-
-
-def _worst(*sources: str) -> str:
-    return max(sources, key=_RANK.__getitem__)
 
 
 class Entry:
@@ -334,28 +319,10 @@ class Entry:
         room = budget - self._prefill_at(prompt, i)
         if room < 0.0:
             return 0
-        guess = self._guess(prompt, room, i)
-        reach = 1
-        if self.total_ms(prompt, guess, q) <= budget:
-            low = guess
-            while low < MAX_TOKENS and self.total_ms(prompt, min(low + reach, MAX_TOKENS), q) <= budget:
-                low = min(low + reach, MAX_TOKENS)
-                reach *= 2
-            high = low + reach
-        else:
-            high = guess
-            while high - reach > 1 and self.total_ms(prompt, high - reach, q) > budget:
-                high -= reach
-                reach *= 2
-            low = max(1, high - reach)
-        high = min(high, MAX_TOKENS + 1)
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.total_ms(prompt, middle, q) <= budget:
-                low = middle
-            else:
-                high = middle
-        return low
+        step, ratio = self._decode_pieces()
+        start = self._figures.prompt_tokens_p50 if prompt is None else prompt
+        guess = guess_tokens(step, ratio, self._median, i, start, room)
+        return most_tokens(self.total_ms, prompt, q, budget, guess)
 
     def p_within(self, budget_ms: float, prompt_tokens: int | None = None, workload: str | None = None) -> float:
         """Probability that a run stays within a budget when nobody knows how many tokens come out.
@@ -429,34 +396,23 @@ class Entry:
         Parameters, units and errors as in `total_ms`.
         """
         i, prompt, n = self._checked(prompt_tokens, output_tokens, q)
-        figures = self._figures
-        q = self._quantiles[i]
-        curve = figures.prefill_curve
-        if prompt is None:
-            prefill_n, prefill_source = figures.prefill.n, self.source
-        else:
-            prefill_n, prefill_source = self._knots(curve, prompt, prompt)
-        prefill = Part(self._prefill_at(prompt, i), prefill_n, prefill_source, figures.prefill.p95_upper_ms)
+        figures, q = self._figures, self._quantiles[i]
         start = figures.prompt_tokens_p50 if prompt is None else prompt
+        behind_prefill = prefill_evidence(figures, prompt)
+        prefill = Part(self._prefill_at(prompt, i), *behind_prefill, figures.prefill.p95_upper_ms)
         decode_step: Part | None = None
-        decode = Part(0.0, figures.prefill.n, self.source)
+        decode = Part(0.0, figures.prefill.n, figures.source)
+        behind_total = behind_prefill
         if figures.decode is not None and figures.decode_curve is not None and figures.decode_total is not None:
-            step_n, step_source = self._knots(figures.decode_curve, start + 1, start + 1)
-            first = value_at(self._decode_pieces()[0], i, start + 1)
-            decode_step = Part(first, step_n, step_source, figures.decode.p95_upper_ms)
+            first_ms = value_at(self._decode_pieces()[0], i, start + 1)
+            behind_step = curve_evidence(figures.decode_curve, start + 1, start + 1, figures.source)
+            decode_step = Part(first_ms, *behind_step, figures.decode.p95_upper_ms)
             if n > 1:
-                ratios = figures.decode_total
-                _, source = self._knots(figures.decode_curve, start + 1, start + n - 1)
-                knots, outside = _support(ratios.decode_steps, ratios.n, n - 1, n - 1)
-                beyond = outside and len(ratios.n) > 1  # a single ratio stands for all lengths
-                source = _worst(source, "extrapolated" if beyond else "measured")
-                runs = sum(ratios.n[j] for j in knots)
-                decode = Part(self.decode_ms(prompt, n, q), runs, source)
-        total_source = _worst(prefill.source, decode.source) if n > 1 else prefill.source
-        total_n = min(prefill.n, decode.n) if n > 1 else prefill.n
-        total = Part(self.total_ms(prompt, n, q), total_n, total_source)
-        fill_error = figures.fill_error
-        return Explanation(self.key, prompt, n, q, prefill, decode_step, decode, total, fill_error)
+                behind_decode = decode_evidence(figures, figures.decode_curve, figures.decode_total, start, n)
+                decode = Part(self.decode_ms(prompt, n, q), *behind_decode)
+                behind_total = weakest(behind_prefill, behind_decode)
+        total = Part(self.total_ms(prompt, n, q), *behind_total)
+        return Explanation(self.key, prompt, n, q, prefill, decode_step, decode, total, figures.fill_error)
 
     def _checked(self, prompt_tokens: object, output_tokens: object, q: object) -> tuple[int, int | None, int]:
         i = quantile_index(self._quantiles, q)
@@ -484,26 +440,6 @@ class Entry:
         steps_ms = sum_to(step, self._median, start + n - 1) - sum_to(step, self._median, start)
         middle = value_at(ratio, self._median, n - 1)
         return steps_ms, steps_ms * middle, abs(value_at(ratio, i, n - 1) - middle)
-
-    def _guess(self, prompt: int | None, room: float, i: int) -> int:
-        """Output tokens that about fill `room` milliseconds of decode: the sum of the steps inverted piece by piece."""
-        step, ratio = self._decode_pieces()
-        start = self._figures.prompt_tokens_p50 if prompt is None else prompt
-        before = sum_to(step, self._median, start)
-        steps = 1
-        for _ in range(3):  # the ratio depends on the answer, weakly
-            target = before + room / value_at(ratio, i, steps)
-            j = max(0, bisect_right(step.sums, target) - 1)
-            rest, value, slope = target - step.sums[j], step.values[self._median][j], step.slopes[self._median][j]
-            linear = value + 0.5 * slope
-            distance = 2.0 * rest / (linear + sqrt(max(0.0, linear * linear + 2.0 * slope * rest)))
-            steps = max(1, min(MAX_TOKENS - 1, int(step.starts[j] + distance) - start))
-        return steps + 1
-
-    def _knots(self, curve: Curve, low: int, high: int) -> tuple[int, str]:
-        knots, outside = _support(curve.at, curve.n, low, high)
-        sources = [curve.source[j] for j in knots]
-        return sum(curve.n[j] for j in knots), _worst(self.source, *sources, "extrapolated" if outside else "measured")
 
 
 def _restore_entry(

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from lutest.errors import TableError
 from lutest.estimate import Entry
 from lutest.figures import Key
-from lutest.table import LatencyTable, Missing, Tier, load
+from lutest.loading import load
+from lutest.table import LatencyTable, Missing, Tier
 
 __all__ = ["CHECK_EVERY_S", "ReloadingTable"]
 

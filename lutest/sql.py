@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ArgumentError, LutestError, TableError
+from .integrity import refuse_unfinished
 
 if TYPE_CHECKING:
     import duckdb
@@ -56,13 +57,14 @@ def connect(
     Raises
     ------
     TableError
-        The file does not exist, or is no DuckDB file.
+        The file does not exist, is no DuckDB file, or has the name of one that a build left unfinished.
     ArgumentError
         A limit is not valid.
     """
     import duckdb
 
     path = Path(path)
+    refuse_unfinished(path)
     if not path.is_file():
         reason = "is a folder, not a table file" if path.is_dir() else "no such table; build one with `lutest build`"
         raise TableError(f"{path}: {reason}")

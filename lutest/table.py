@@ -1,24 +1,21 @@
-"""LatencyTable: a whole table, its lookup, and the table behind the module-level lookup."""
+"""LatencyTable: a whole table, its verbs and its lookup."""
 
 from __future__ import annotations
 
-import operator
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, cast, overload
+from typing import TYPE_CHECKING, Any, Literal
 
-from lutest.errors import ArgumentError, TableError, UnknownKeyError
+from lutest.errors import ArgumentError
 from lutest.estimate import Entry
 from lutest.explanation import Explanation
 from lutest.figures import Figures, Key, KeyFigures, Quality
-from lutest.integrity import refuse_unfinished
 from lutest.lengths import Lengths, lengths_by_workload
 from lutest.pieces import key_pieces
-from lutest.reader import read_figures
 from lutest.rows import most_rows
 from lutest.search import Option, Request, best_of, fitting, front_of, given_qualities, held_qualities
+from lutest.unknown_keys import named_key, not_measured
 
 if TYPE_CHECKING:
     import torch
@@ -26,11 +23,10 @@ if TYPE_CHECKING:
 
     from lutest.batch import Batch
     from lutest.grid import Floats, Ints
-    from lutest.reloading import ReloadingTable
     from lutest.rows import TotalRows
     from lutest.torch_module import LatencyModule
 
-__all__ = ["LatencyTable", "load", "lookup", "use"]
+__all__ = ["LatencyTable", "Missing", "Tier"]
 
 Missing = Literal["error", "interpolate"]
 Tier = str | int
@@ -417,18 +413,18 @@ class LatencyTable:
         return given_qualities(quality, self._measured_key)
 
     def _measured_key(self, tier: Tier, top_k: int, num_blocks: int) -> Key:
-        key = self._wanted(tier, top_k, num_blocks)
+        key = named_key(self.tiers, tier, top_k, num_blocks)
         if key not in self._ids:
-            raise self._unknown(key)
+            raise not_measured(self.keys, self.tiers, key)
         return key
 
     def _find(self, tier: Tier, top_k: int, num_blocks: int) -> Entry:
-        key = self._wanted(tier, top_k, num_blocks)
+        key = named_key(self.tiers, tier, top_k, num_blocks)
         entry = self._entries.get(key)
         if entry is not None:
             return entry
         if self._missing == "error":
-            raise self._unknown(key)
+            raise not_measured(self.keys, self.tiers, key)
         from lutest.interpolate import interpolate_key
 
         entry = Entry(interpolate_key(self.figures, key), self.quantiles, lengths=self._lengths)
@@ -438,142 +434,8 @@ class LatencyTable:
             self._entries.setdefault((self.tiers.index(key.tier), key.top_k, key.num_blocks), entry)
         return entry
 
-    def _wanted(self, tier: object, top_k: object, num_blocks: object) -> Key:
-        numbers = [_index("top_k", top_k), _index("num_blocks", num_blocks)]
-        if isinstance(tier, str):
-            if tier in self.tiers:
-                return Key(str(tier), *numbers)
-        else:
-            try:
-                place = operator.index(cast(SupportsIndex, tier))
-            except TypeError:
-                place = -1
-            if 0 <= place < len(self.tiers):
-                return Key(self.tiers[place], *numbers)
-        names = ", ".join(f"{name!r} ({place})" for place, name in enumerate(self.tiers))
-        raise UnknownKeyError(f"tier {tier!r} is not in the table, which holds {names}")
-
-    def _unknown(self, key: Key) -> UnknownKeyError:
-        near = "; ".join(f"{k.tier!r}, {k.top_k}, {k.num_blocks}" for k in self._nearest(key))
-        return UnknownKeyError(
-            f"tier={key.tier!r}, top_k={key.top_k}, num_blocks={key.num_blocks} was not measured; "
-            f"nearest measured (tier, top_k, num_blocks): {near}; load(path, missing='interpolate') fills it in"
-        )
-
-    def _nearest(self, key: Key) -> list[Key]:
-        tier = self.tiers.index(key.tier)
-        return sorted(
-            self.keys,
-            key=lambda k: (
-                (self.tiers.index(k.tier) - tier) ** 2
-                + (k.top_k - key.top_k) ** 2
-                + (k.num_blocks - key.num_blocks) ** 2
-            ),
-        )[:3]
-
-
-def _index(name: str, value: object) -> int:
-    try:
-        return operator.index(cast(SupportsIndex, value))
-    except TypeError:
-        raise UnknownKeyError(f"{name} is {value!r}; allowed: a whole number") from None
-
 
 def _enter(entries: dict[tuple[Tier, int, int], Entry], figures: Figures, entry: Entry) -> None:
     key = entry.key
     entries[key] = entry
     entries[figures.tiers.index(key.tier), key.top_k, key.num_blocks] = entry
-
-
-@overload
-def load(
-    path: str | os.PathLike[str], *, missing: Missing = ..., verify: bool = ..., reload: Literal[False] = ...
-) -> LatencyTable: ...
-@overload
-def load(
-    path: str | os.PathLike[str], *, missing: Missing = ..., verify: bool = ..., reload: Literal[True]
-) -> ReloadingTable: ...
-def load(
-    path: str | os.PathLike[str], *, missing: Missing = "error", verify: bool = False, reload: bool = False
-) -> LatencyTable | ReloadingTable:
-    """Read a table.
-
-    Parameters
-    ----------
-    path : str or path-like
-        A file that `lutest build` wrote.
-    missing : {"error", "interpolate"}
-        What a configuration that was not measured gets: an error, or an entry from its neighbours that says so.
-    verify : bool
-        Also check every byte of the file against its seal, and every row against the content hash.
-    reload : bool
-        Give a handle that reads the file anew when it was rebuilt; see `lutest.reloading.ReloadingTable`.
-
-    Returns
-    -------
-    LatencyTable or ReloadingTable
-        All in memory: no file and no connection stays open.
-
-    Raises
-    ------
-    TableError
-        No such file, not a table, of another version, or damaged; with `verify`, also changed since it was built.
-    """
-    if reload:
-        from lutest.reloading import ReloadingTable
-
-        return ReloadingTable(path, missing, verify)
-    refuse_unfinished(path)
-    if verify:
-        from lutest.verify import read_verified
-
-        return LatencyTable(read_verified(path), os.fspath(path), missing)
-    return LatencyTable(read_figures(path), os.fspath(path), missing)
-
-
-_current: LatencyTable | ReloadingTable | None = None
-_current_entries: dict[tuple[Tier, int, int], Entry] = {}
-
-
-@overload
-def use(table: LatencyTable | str | os.PathLike[str]) -> LatencyTable: ...
-@overload
-def use(table: ReloadingTable) -> ReloadingTable: ...
-def use(table: LatencyTable | ReloadingTable | str | os.PathLike[str]) -> LatencyTable | ReloadingTable:
-    """Make a table, or the one at a path, the table of the module-level `lookup`, and return it.
-
-    Raises
-    ------
-    TableError
-        As `load`.
-    """
-    global _current, _current_entries
-    chosen = load(table) if isinstance(table, (str, os.PathLike)) else table
-    # the entries of one that reloads are not to be held on to
-    _current, _current_entries = chosen, chosen._entries if isinstance(chosen, LatencyTable) else {}
-    return chosen
-
-
-def lookup(tier: Tier, top_k: int, num_blocks: int) -> Entry:
-    """`LatencyTable.lookup` on the table of `use`, or else on the one that $LUTEST_TABLE names.
-
-    Raises
-    ------
-    TableError
-        Neither is set, or the table cannot be read.
-    UnknownKeyError
-        As `LatencyTable.lookup`.
-    """
-    try:
-        return _current_entries[tier, top_k, num_blocks]
-    except (KeyError, TypeError):
-        pass
-    table = _current
-    if table is None:
-        path = os.environ.get("LUTEST_TABLE")
-        if not path:
-            raise TableError(
-                "no table to look up in: call lutest.use(path) or set $LUTEST_TABLE to the path of a table"
-            )
-        table = use(path)
-    return table.lookup(tier, top_k, num_blocks)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import duckdb
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from lutest.build import BuildSummary, build
 from lutest.convert import convert
 from lutest.errors import BuildError, ConfigError, SourceError
+from tests.children import run_child
 
 HEADER = {"tier": "low", "top_k": 4, "num_active_blocks": 12, "device": "cpu"}
 
@@ -174,6 +178,23 @@ def test_failures_leave_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         convert(_write_results(tmp_path / "vqa", _sound_runs()), output / "below" / "runs.parquet")
     assert output.read_bytes() == b"the old one"
     assert list(output.parent.iterdir()) == [output]
+
+
+def _convert_to_the_last_step(runs: str, output: str) -> None:
+    """Convert, to be killed when the file is written but not yet in its place; for a child, which ends with that."""
+    mock.patch.object(os, "replace", side_effect=lambda *_: os.kill(os.getpid(), signal.SIGKILL)).start()
+    convert(runs, output)
+
+
+def test_a_conversion_clears_the_work_of_a_killed_one(tmp_path: Path) -> None:
+    runs = str(_write_results(tmp_path / "vqa", _sound_runs()))
+    output = tmp_path / "out" / "runs.parquet"
+    assert run_child(_convert_to_the_last_step, runs, str(output)).killed
+    assert any(path.name.endswith(".lutest-tmp") for path in output.parent.iterdir())
+    neighbour = output.parent / f".other.parquet.{'0' * 32}.lutest-tmp"
+    neighbour.write_bytes(b"of another file")
+    convert(runs, output)
+    assert sorted(output.parent.iterdir()) == [neighbour, output]
 
 
 def test_the_shipped_runs_are_what_the_command_writes(direct_runs: Path, tmp_path: Path) -> None:

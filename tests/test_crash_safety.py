@@ -20,8 +20,8 @@ import pytest
 
 import lutest
 from lutest.build import build
-from lutest.discovery import list_sources
 from lutest.errors import BuildError, SourceError, TableError
+from lutest.sources import list_sources
 from lutest.verify import verify
 from tests.children import Outcome, build_to_step, build_whole, count_steps, run_child, write_runs
 from tests.conftest import Tally

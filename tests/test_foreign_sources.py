@@ -11,11 +11,11 @@ import duckdb
 import numpy as np
 import pytest
 
-from lutest import vllm_source
 from lutest.build import build
 from lutest.convert import convert
 from lutest.diagnose import diagnose
 from lutest.errors import BuildError, ConfigError, SourceError
+from lutest.sources import vllm
 
 DATA = Path(__file__).parent / "data"
 VLLM, AIPERF, GUIDELLM = DATA / "vllm-bench-serve.json", DATA / "aiperf-0.13.0.jsonl", DATA / "guidellm-0.8.1.json"
@@ -315,7 +315,7 @@ def test_sglang_spreads_chunks_so_that_gaps_are_no_steps(tmp_path: Path) -> None
 
 
 def test_vllm_file_too_large_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_source, "MAX_BYTES", 1000)
+    monkeypatch.setattr(vllm, "MAX_BYTES", 1000)
     with pytest.raises(SourceError, match=r"vllm-bench-serve.json: 0.0 GiB of vLLM's columns"):
         build(CONFIG, runs=VLLM, output=tmp_path / "x.duckdb")
 

@@ -220,6 +220,14 @@ def test_verify_says_what_it_checked(whole: Path, capsys: pytest.CaptureFixture[
     assert f'"content_hash": "{verification.content_hash}"' in capsys.readouterr().out
 
 
+def test_verify_refuses_exports(whole: Path, tmp_path: Path) -> None:
+    exported = lutest.export(whole, tmp_path / "table.json").output
+    lutest.load(exported)
+    for check in (verify, verified):
+        with pytest.raises(TableError, match=r"table\.json: verify checks table files, not exports"):
+            check(str(exported))
+
+
 def test_verify_of_a_damaged_table_is_one_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = bytearray(copy.read_bytes())
     content[100_000] ^= 4

@@ -141,8 +141,8 @@ def test_the_first_table_has_to_be_there(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("at_once")
 def test_the_module_level_lookup_follows(path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lutest.table, "_current", None)
-    monkeypatch.setattr(lutest.table, "_current_entries", {})
+    monkeypatch.setattr(lutest.current, "_current", None)
+    monkeypatch.setattr(lutest.current, "_current_entries", {})
     assert isinstance(lutest.use(lutest.load(path, reload=True)), ReloadingTable)
     assert lutest.lookup(*KEY).prefill_ms(77, 0.95) == BASE
     put(files[1], path)

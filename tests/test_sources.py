@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lutest.errors import SourceError
-from lutest.json_stream import Configuration, JsonText, read_runs
 from lutest.sources import Source, SourceFields, list_sources, read_sources
+from lutest.sources.json_stream import Configuration, JsonText, read_runs
 
 FIELDS = SourceFields(("tier", "top_k", "T_total", "dataset"), ("decode_steps_ms", "T_decode_per_step"))
 BIG_INTEGER = "9" * 5000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -176,6 +177,18 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="is a folder"):
         connect(tmp_path)
     assert not (tmp_path / "missing.duckdb").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [(".t.duckdb.0.lutest-tmp", "a temporary file"), ("t.duckdb.wal", "a log")]
+)
+def test_unfinished_files_are_refused_whatever_they_hold(
+    name: str, message: str, direct_table: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    shutil.copy(direct_table, path)
+    with pytest.raises(TableError, match=message):
+        run_query(path, "SELECT 1")
 
 
 def test_does_not_open_memory_for_the_name_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

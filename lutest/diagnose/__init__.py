@@ -12,10 +12,8 @@ from ..build import work_database
 from ..clean import write_accepted_runs
 from ..config import BuildConfig, load_config, parse_config
 from ..errors import SourceError
-from ..run_rows import field_column
 from ..runs import raw_fields, write_runs
-from ..served_columns import check_served_columns
-from ..sources import Source, SourceFields, read_sources
+from ..sources import Source, SourceFields, check_served_columns, field_column, read_sources
 from .drift import check_drift
 from .fencepost import PER_TOKEN_FIELDS, check_fencepost, check_kv_growth, check_per_token_field
 from .finding import Finding, render_findings

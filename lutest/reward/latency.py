@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 from lutest.arguments import positive_ms, quantile_index, whole_number
 from lutest.errors import ArgumentError, NoDecodeDataError, UnknownKeyError
 from lutest.estimate import Entry
+from lutest.loading import load
 from lutest.reward.rollout import (
     Choice,
     Columns,
@@ -23,7 +24,7 @@ from lutest.reward.rollout import (
     value_in,
 )
 from lutest.reward.terms import Weights, complexity, efficiency_bonus, smooth_penalty, squared_overrun
-from lutest.table import LatencyTable, load
+from lutest.table import LatencyTable
 
 __all__ = ["LatencyOutcome", "LatencyReward"]
 

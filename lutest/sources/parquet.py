@@ -10,10 +10,10 @@ from pathlib import Path
 
 import duckdb
 
+from ..errors import SourceError
+from ..schema import quote
 from .discovery import printable
-from .errors import SourceError
 from .run_rows import RunWriter, SourceFields, field_column
-from .schema import quote
 
 __all__ = ["read_parquet"]
 

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .errors import SourceError
+from ..errors import SourceError
 
 __all__ = ["ENDINGS", "list_sources", "printable", "show_path", "storable", "unreadable"]
 

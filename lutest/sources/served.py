@@ -15,17 +15,37 @@ A load generator sees chunks of a stream, not steps of a model. From the time of
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from .run_rows import brief
 
-__all__ = ["MEASURED", "Row", "UnusableRequestError", "labels", "last_line", "number", "numbers", "served_run"]
+__all__ = [
+    "MEASURED",
+    "Row",
+    "ServedSource",
+    "UnusableRequestError",
+    "labels",
+    "last_line",
+    "number",
+    "numbers",
+    "served_run",
+]
 
 Row: TypeAlias = dict[str, object] | str  # a run, or why the request is none
 
 # The fields that come from measurements of the tool; a file's own metadata never stand for them.
 MEASURED = ("prompt_tokens", "output_tokens", "prefill_ms", "decode_ms", "decode_steps_ms")
 CHUNKS_TOGETHER_MS = 0.05  # no model decodes 20,000 tokens a second for one request: such chunks were read together
+
+
+@dataclass(frozen=True)
+class ServedSource:
+    """A file that a load generator wrote; its runs have canonical fields, with times in milliseconds."""
+
+    source_id: int
+    path: str
+    tool: str
 
 
 class UnusableRequestError(Exception):

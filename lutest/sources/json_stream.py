@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from .errors import SourceError
+from ..errors import SourceError
 
 __all__ = ["CHUNK_BYTES", "RESULTS", "Configuration", "JsonText", "read_runs"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import BinaryIO, TypeAlias
 
-from .aiperf_source import aiperf_row, is_aiperf_record, read_genai_perf
-from .errors import SourceError
-from .guidellm_source import read_guidellm
+from ..errors import SourceError
+from .aiperf import aiperf_row, is_aiperf_record, read_genai_perf
+from .guidellm import read_guidellm
 from .json_stream import RESULTS, JsonText
 from .served import Row
-from .vllm_source import COLUMNS, SUMMARY, read_vllm, vllm_rows
+from .vllm import COLUMNS, SUMMARY, read_vllm, vllm_rows
 
-__all__ = ["Row", "open_served", "served_line"]
+__all__ = ["open_served", "served_line"]
 
 Served: TypeAlias = tuple[str, Iterator[Row]]  # the tool, and its requests
 _AIPERF_SUMMARY = "aiperf_version"

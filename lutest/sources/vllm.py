@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from .errors import SourceError
+from ..errors import SourceError
 from .json_stream import JsonText
 from .run_rows import brief
 from .served import Row, UnusableRequestError, labels, last_line, number, numbers, served_run

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping
 
 import duckdb
 
-from .config import ColumnRule
-from .errors import ConfigError
+from ..config import ColumnRule
+from ..errors import ConfigError
+from ..schema import quote
 from .run_rows import field_column
-from .schema import quote
-from .served import MEASURED
-from .sources import ServedSource
+from .served import MEASURED, ServedSource
 
 __all__ = ["check_served_columns"]
 

@@ -16,7 +16,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from .schema import quote
+from ..schema import quote
 
 __all__ = ["HELD_NULL", "RunWriter", "SourceFields", "brief", "create_raw_runs", "field_column"]
 
