@@ -422,3 +422,43 @@ def test_one_key_that_dwarfs_the_others_leaves_figures_finite(tmp_path: Path) ->
     frame = pd.DataFrame(rows, columns=names)
     table = lutest.load(build({"cleaning": {"outliers": "none"}}, runs=frame, output=tmp_path / "t.duckdb").output)
     assert 0 < table.total_ms("x", 4, 12, 100, 5, 0.5) <= table.total_ms("x", 4, 12, 100, 5, 0.95) < float("inf")
+
+
+# One run of most configurations: a fit with a level for each left no variance, and blew its quantiles up to infinity.
+FEW_RUNS = [
+    ("high", 8, 12, 290, 2, 102.2158, 6.3376),
+    ("high", 8, 12, 339, 2, 110.7149, 6.369),
+    ("medium", 8, 14, 150, 1, 46.3886, 0.0),
+    ("high", 4, 16, 236, 2, 51.8262, 6.1703),
+    ("medium", 6, 16, 156, 2, 44.5119, 7.0318),
+    ("medium", 6, 14, 139, 3, 54.9437, 12.479),
+    ("low", 4, 12, 69, 2, 26.5867, 4.9776),
+    ("high", 4, 14, 235, 16, 48.5793, 80.4742),
+    ("low", 8, 14, 108, 2, 52.2604, 7.038),
+    ("high", 6, 16, 299, 2, 80.1643, 7.1236),
+    ("medium", 4, 12, 152, 2, 32.2367, 5.5357),
+    ("medium", 6, 16, 125, 2, 58.894, 7.6752),
+    ("low", 4, 12, 100, 6, 21.5872, 22.3871),
+    ("medium", 8, 12, 128, 1, 52.3401, 0.0),
+    ("low", 4, 12, 98, 8, 22.8039, 32.9254),
+    ("low", 4, 16, 106, 8, 29.0052, 43.9021),
+    ("low", 8, 16, 63, 16, 43.9219, 144.7098),
+    ("medium", 4, 12, 211, 12, 38.8962, 55.4284),
+    ("low", 4, 16, 102, 2, 27.8542, 6.0807),
+    ("high", 4, 16, 278, 12, 63.8579, 67.4554),
+    ("high", 6, 16, 289, 6, 75.9043, 34.7519),
+    ("medium", 8, 16, 142, 8, 51.2555, 52.6436),
+    ("high", 8, 12, 256, 6, 62.2003, 28.5883),
+    ("medium", 4, 14, 194, 4, 58.9415, 16.9252),
+    ("medium", 8, 12, 233, 16, 56.8041, 88.156),
+]
+
+
+def test_a_handful_of_runs_builds_a_table_of_plausible_figures(tmp_path: Path) -> None:
+    columns = ["tier", "top_k", "num_blocks", "prompt_tokens", "output_tokens", "prefill_ms", "decode_ms"]
+    few = pd.DataFrame(FEW_RUNS, columns=columns)
+    table = lutest.load(build({"cleaning": {"outliers": "none"}}, runs=few, output=tmp_path / "few.duckdb").output)
+    slowest = few["prefill_ms"].max()
+    for held in table.figures.keys:
+        for values in held.prefill_curve.values_ms:
+            assert max(values) < 20 * slowest

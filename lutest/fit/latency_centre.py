@@ -38,7 +38,7 @@ class FitState:
 
 @dataclass(frozen=True)
 class Location:
-    """Centre of log t; the factor by which not knowing a key's own deviation widens its spread; the state."""
+    """Centre of log t; the variance that not knowing a key's own deviation leaves, beside that of a run; the state."""
 
     centre: KeyFunction
     doubt: KeyFunction
@@ -144,6 +144,6 @@ def fit_location(data: Observations, model: Model, start: FitState | None, itera
         z = own(key, place)
         doubtful = np.einsum("nd,nde,ne->n", z, posterior[key], z)
         # A t-distributed error has more variance than its squared scale.
-        return np.asarray(np.sqrt(1 + doubtful * (_DEGREES_OF_FREEDOM - 2) / (_DEGREES_OF_FREEDOM * variance)))
+        return np.asarray(doubtful * (_DEGREES_OF_FREEDOM - 2) / _DEGREES_OF_FREEDOM)
 
     return Location(location, doubt, FitState(variance, own_variance))

@@ -34,11 +34,15 @@ from .curve_shapes import KeyFunction
 from .latency_centre import chosen_model, fit_location
 from .latency_spread import fit_spread
 from .observations import FOLDS, Observations
+from .quantile_regression import weighted_quantile
 
 __all__ = ["Surface", "fit_centre", "fit_surface"]
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+
+_LEAST_SHARE = 0.25  # of the typical deviation of unseen runs: the least that a run's own deviation is taken for
+_WIDEST, _WIDEST_AT_LEAST = 3.0, 2.0  # times the largest deviation of an unseen run, and a factor of e²
 
 
 @dataclass(frozen=True)
@@ -85,16 +89,24 @@ def fit_surface(data: Observations, quantiles: Sequence[float]) -> Surface:
     """
     model, start = chosen_model(data)
     location = fit_location(data, model, start)
-    unseen, doubt = np.empty(len(data.place)), np.empty(len(data.place))
+    unseen, doubt, variance = (np.empty(len(data.place)) for _ in range(3))
     for fold in range(FOLDS):
         held = data.fold == fold
         if held.any():
             partial = location if held.all() else fit_location(data.rows(~held), model, location.state, iterations=4)
             unseen[held] = data.log_ms[held] - partial.centre(data.key[held], data.place[held])
             doubt[held] = partial.doubt(data.key[held], data.place[held])
-    spread = fit_spread(data, unseen / doubt, quantiles)
+            variance[held] = partial.state.variance
+    # A fit with a coefficient for every run leaves no variance, and would make any doubt immense beside it.
+    size = np.abs(unseen)
+    least_variance = (_LEAST_SHARE * weighted_quantile(size, data.weight, 0.5)) ** 2
+    widening = np.sqrt(1 + doubt / np.maximum(variance, least_variance))
+    spread = fit_spread(data, unseen / widening, quantiles)
+    own_variance = max(location.state.variance, least_variance)
+    limit = max(_WIDEST * float(size.max()), _WIDEST_AT_LEAST)
 
     def widened(key: Integers, place: Floats) -> Floats:
-        return np.asarray(spread(key, place) * location.doubt(key, place)[:, None])
+        factor = np.sqrt(1 + location.doubt(key, place) / own_variance)
+        return np.asarray(np.clip(spread(key, place) * factor[:, None], -limit, limit))
 
     return Surface(location.centre, widened)
