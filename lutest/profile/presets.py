@@ -97,6 +97,7 @@ class Preset:
 # Short answers mostly, as to questions about images: 9 tokens on average.
 _SHORT_ANSWERS = {1: 8, 2: 30, 3: 8, 4: 8, 6: 8, 8: 10, 12: 8, 16: 8, 24: 6, 32: 4, 48: 1, 96: 1}
 _CROPS = {"low": (1, 3), "medium": (4, 8), "high": (9, 15)}
+_CPU_VISION = VisionSize(image_size=64, patch_size=8, pooling=2, width=128, layers=4, heads=4, mlp_width=512)
 
 PRESETS = {
     preset.name: preset
@@ -113,9 +114,22 @@ PRESETS = {
         ),
         Preset(
             name="cpu",
-            vision=VisionSize(image_size=64, patch_size=8, pooling=2, width=128, layers=4, heads=4, mlp_width=512),
+            vision=_CPU_VISION,
             decoder=DecoderSize(
                 vocabulary=4096, hidden=192, heads=3, head_dim=64, blocks=16, experts=32, expert_width=96
+            ),
+            crops=_CROPS,
+            text_tokens=(8, 90),
+            top_k=(4, 6, 8),
+            num_blocks=(12, 14, 16),
+            output_lengths=dict(_SHORT_ANSWERS),
+        ),
+        # As `cpu`, with a decoder a third wider: another model for the same machine.
+        Preset(
+            name="cpu-wide",
+            vision=_CPU_VISION,
+            decoder=DecoderSize(
+                vocabulary=4096, hidden=256, heads=4, head_dim=64, blocks=16, experts=32, expert_width=128
             ),
             crops=_CROPS,
             text_tokens=(8, 90),
