@@ -57,7 +57,7 @@ def print_verdicts(verdicts: list[Verdict]) -> None:
     """What holds and what does not, as the last lines."""
     if not verdicts:
         return
-    print("\nWhat the table must show (5 is a test of `diagnose`)")
+    print("\nWhat must be shown")
     for number, word, text in verdicts:
         print(f"  {number}. {word}: {text}")
     counts = Counter(verdict.word for verdict in verdicts)

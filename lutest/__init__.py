@@ -7,6 +7,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from lutest.current import lookup, use
 from lutest.errors import (
     ArgumentError,
     BuildError,
@@ -20,14 +21,19 @@ from lutest.errors import (
 from lutest.estimate import Entry
 from lutest.explanation import Explanation
 from lutest.figures import Key
-from lutest.table import LatencyTable, load, lookup, use
+from lutest.loading import load
+from lutest.table import LatencyTable
 
 if TYPE_CHECKING:
     from lutest.build import build as build
+    from lutest.calibrate import calibrate as calibrate
+    from lutest.check import check as check
     from lutest.convert import convert as convert
     from lutest.diagnose import diagnose as diagnose
     from lutest.evaluate import evaluate as evaluate
     from lutest.export import export as export
+    from lutest.online import OnlineCalibrator as OnlineCalibrator
+    from lutest.plan import plan as plan
 
 __version__ = "0.1.0"
 
@@ -41,27 +47,33 @@ __all__ = [
     "LatencyTable",
     "LutestError",
     "NoDecodeDataError",
+    "OnlineCalibrator",
     "SourceError",
     "TableError",
     "UnknownKeyError",
     "__version__",
     "build",
+    "calibrate",
+    "check",
     "convert",
     "diagnose",
     "evaluate",
     "export",
     "load",
     "lookup",
+    "plan",
     "use",
 ]
 
 # name → module of the same name: imported on first use, since they bring in pandas and SciPy
-_BUILDER_VERBS = ("build", "convert", "diagnose", "evaluate", "export")
+_BUILDER_VERBS = ("build", "calibrate", "check", "convert", "diagnose", "evaluate", "export", "plan")
 
 
 def __getattr__(name: str) -> Any:
     if name in _BUILDER_VERBS:
         return getattr(import_module(f"lutest.{name}"), name)
+    if name == "OnlineCalibrator":
+        return import_module("lutest.online").OnlineCalibrator
     raise AttributeError(f"module 'lutest' has no attribute {name!r}")
 
 

@@ -18,7 +18,7 @@ Row = tuple[Any, ...]
 Keys = Mapping[Key, object]
 
 REBUILD = "build it again with `lutest build`"
-_SOURCES = ("measured", "interpolated", "extrapolated")
+_SOURCES = ("measured", "calibrated", "interpolated", "extrapolated")
 
 
 def check_figures(path: str, rows: Callable[[str, Sequence[str]], list[Row]]) -> Figures:
@@ -85,6 +85,7 @@ class _Checker:
                 decode_curve=decode_curves.get(key),
                 decode_total=ratios.get(key),
                 correlations=self.correlations(key, correlations.get(key)),
+                source="calibrated" if "calibrated" in prefill_curves[key].source else "measured",
             )
             for key, row in prefill.items()
         ]

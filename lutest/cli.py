@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0 for success, 2 for bad input, 130 for an interrupt.
+        Exit code: 0 for success, 1 for a table that `check` finds not to hold, 2 for bad input, 130 for an interrupt.
 
     Raises
     ------
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names and signs that the terminal cannot show
     arguments = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], None] = arguments.command
+    command: Callable[[argparse.Namespace], int | None] = arguments.command
     try:
-        command(arguments)
+        status = command(arguments)
         sys.stdout.flush()  # a closed pipe shows here, not at exit
     except LutestError as error:
         return _report_error(error)
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report_error(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
     except KeyboardInterrupt:
         return _INTERRUPTED
-    return 0
+    return status or 0
 
 
 def _report_error(message: object) -> int:
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, command: Callable[[argparse.Namespace], None], summary: str, example: str) -> _Parser:
+    def add(name: str, command: Callable[[argparse.Namespace], int | None], summary: str, example: str) -> _Parser:
         added: _Parser = verbs.add_parser(
             name,
             help=summary,
@@ -165,6 +165,51 @@ def _parser() -> argparse.ArgumentParser:
     _add_runs(diagnose)
     _add_json(diagnose)
 
+    calibrate = add(
+        "calibrate",
+        commands.calibrate,
+        "carry a table to another device with few runs",
+        "lutest calibrate tables/mine.duckdb new-device/ -o tables/new-device.duckdb",
+    )
+    _add_table(calibrate)
+    _add_runs(calibrate)
+    calibrate.add_argument("-o", "--output", required=True, metavar="NEW", help="table file to write")
+    _add_json(calibrate)
+
+    plan = add(
+        "plan",
+        commands.plan,
+        "propose the runs that make a calibration the least uncertain",
+        "lutest plan tables/mine.duckdb -n 25",
+    )
+    _add_table(plan)
+    plan.add_argument("-n", type=int, default=25, metavar="N", help="how many runs (default: 25)")
+    _add_json(plan)
+
+    check = add(
+        "check",
+        commands.check,
+        "test whether a table still holds for runs; exit code 1 if it does not",
+        "lutest check tables/mine.duckdb results-of-today/ || echo profile again",
+    )
+    _add_table(check)
+    _add_runs(check)
+    check.add_argument(
+        "--false-alarm-rate",
+        type=float,
+        default=0.01,
+        metavar="A",
+        help="probability of an alarm though nothing has changed (default: 0.01)",
+    )
+    check.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.02,
+        metavar="T",
+        help="how much slower or faster still counts as the same (default: 0.02)",
+    )
+    _add_json(check)
+
     lookup = add(
         "lookup",
         commands.lookup,
@@ -228,7 +273,7 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder of the runs")
-    parser.add_argument("--preset", default="cpu", metavar="NAME", help="tiny, cpu (default) or molmoe-1b")
+    parser.add_argument("--preset", default="cpu", metavar="NAME", help="tiny, cpu (default), cpu-wide or molmoe-1b")
     parser.add_argument("--tiers", type=_texts, metavar="LIST", help="such as low,medium (default: the preset's)")
     parser.add_argument("--top-k", type=_integers, metavar="LIST", help="such as 4,8 (default: the preset's)")
     parser.add_argument("--blocks", type=_integers, metavar="LIST", help="such as 12,16 (default: the preset's)")

@@ -12,7 +12,15 @@ from .schema import TABLES, quote
 if TYPE_CHECKING:
     import duckdb
 
-__all__ = ["LOG_ENDINGS", "TEMPORARY_ENDING", "VOLATILE_META", "content_hash", "refuse_unfinished", "row_counts"]
+__all__ = [
+    "LOG_ENDINGS",
+    "TEMPORARY_ENDING",
+    "VOLATILE_META",
+    "content_hash",
+    "parent_schema",
+    "refuse_unfinished",
+    "row_counts",
+]
 
 TEMPORARY_ENDING = ".lutest-tmp"  # what a build leaves when it is killed
 LOG_ENDINGS = (".wal", ".wal.checkpoint", ".wal.recovery")  # DuckDB's own, of changes not yet in the file itself
@@ -32,7 +40,7 @@ def content_hash(connection: duckdb.DuckDBPyConnection, database: str | None = N
     connection : duckdb connection
         Has the table file open.
     database : str, optional
-        Name under which the file is attached; the current database if not given.
+        Name under which the file is attached, or of a schema in it; the current database if not given.
     """
     digest = hashlib.sha256()
     for table in TABLES.values():
@@ -50,6 +58,11 @@ def content_hash(connection: duckdb.DuckDBPyConnection, database: str | None = N
         while rows := cursor.fetchmany(_ROWS_AT_ONCE):
             digest.update(repr(rows).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def parent_schema(place: int) -> str:
+    """Schema with the tables of the parent of a calibrated table, and of the parent's parents."""
+    return "parent" if place == 1 else f"parent_{place}"
 
 
 def row_counts(connection: duckdb.DuckDBPyConnection, database: str | None = None) -> dict[str, int]:

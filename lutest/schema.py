@@ -77,7 +77,8 @@ _KEYS = (
 _SOURCE = Column(
     "source",
     "VARCHAR",
-    "measured: runs stand at this place; interpolated: between such places; extrapolated: beyond them",
+    "measured: runs stand at this place; interpolated: between such places; extrapolated: beyond them; calibrated: "
+    "carried over from another device or state of the machine",
 )
 
 TABLES: dict[str, Table] = {

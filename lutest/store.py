@@ -14,9 +14,9 @@ from pathlib import Path
 import duckdb
 
 from .errors import BuildError, TableError
-from .integrity import LOG_ENDINGS, TEMPORARY_ENDING, content_hash, row_counts
+from .integrity import LOG_ENDINGS, TEMPORARY_ENDING, content_hash, parent_schema, row_counts
 from .macros import write_macros
-from .schema import STORAGE_VERSION, TABLES, quote
+from .schema import STORAGE_VERSION, TABLES, Table, quote
 from .seal import write_seal
 
 try:
@@ -149,6 +149,7 @@ def write_table(
     quantiles: Sequence[float],
     meta: Mapping[str, str],
     read_back: Callable[[Path], object],
+    parent: Path | None = None,
 ) -> str:
     """Write a table file under a temporary name, verify it, and rename it into place.
 
@@ -166,6 +167,9 @@ def write_table(
         Rows of ``meta``; the content hash is added.
     read_back : callable
         Reads the new file as its readers will; whatever it refuses does not replace a table.
+    parent : Path, optional
+        A table file whose tables are kept as they are, in the schema ``parent``; those that it keeps itself, in
+        ``parent_2`` and so on.
 
     Returns
     -------
@@ -180,7 +184,7 @@ def write_table(
     """
     temporary = temporary_path(output)
     try:
-        digest, counts = _write(connection, temporary, relations, quantiles, meta)
+        digest, counts = _write(connection, temporary, relations, quantiles, meta, parent)
         write_seal(temporary)
         _verify(temporary, digest, counts)
         read_back(temporary)
@@ -206,28 +210,22 @@ def _write(
     relations: Mapping[str, str],
     quantiles: Sequence[float],
     meta: Mapping[str, str],
+    parent: Path | None,
 ) -> tuple[str, dict[str, int]]:
-    path = str(temporary).replace("'", "''")
+    path = _quoted(str(temporary))
     home = connection.execute("SELECT current_database(), current_schema()").fetchone()
     assert home is not None
+    if parent is not None:
+        connection.execute(f"ATTACH '{_quoted(str(parent))}' AS parent_table (READ_ONLY)")
     connection.execute(f"ATTACH '{path}' AS new_table (STORAGE_VERSION '{STORAGE_VERSION}', BLOCK_SIZE {_BLOCK_SIZE})")
     try:
         connection.execute("BEGIN")  # one commit: each would wait for the disk
         for table in TABLES.values():
-            columns = table.expand(quantiles)
-            target = f"new_table.{quote(table.name)}"
-            definitions = ", ".join(f"{quote(column.name)} {column.type}" for column in columns)
-            connection.execute(f"CREATE TABLE {target} ({definitions})")
-            connection.execute(f"COMMENT ON TABLE {target} IS '{_quoted(table.comment)}'")
-            for column in columns:
-                comment = _quoted(column.comment)
-                connection.execute(f"COMMENT ON COLUMN {target}.{quote(column.name)} IS '{comment}'")
-            if table.name in relations:
-                # In full: DuckDB 1.2 looks up a bare name in the database that is inserted into.
-                source = ".".join(map(quote, (*home, relations[table.name])))
-                names = ", ".join(quote(column.name) for column in columns)
-                order = ", ".join(quote(name) for name in table.order)
-                connection.execute(f"INSERT INTO {target} SELECT {names} FROM {source} ORDER BY {order}")
+            # In full: DuckDB 1.2 looks up a bare name in the database that is inserted into.
+            source = ".".join(map(quote, (*home, relations[table.name]))) if table.name in relations else None
+            _write_rows(connection, table, quantiles, "new_table.main", source)
+        if parent is not None:
+            _keep_parent(connection, quantiles)
         for key, value in sorted(meta.items()):
             connection.execute("INSERT INTO new_table.meta VALUES (?, ?)", [key, value])
         connection.execute("USE new_table")
@@ -246,7 +244,40 @@ def _write(
             connection.execute("DETACH new_table")
         raise
     connection.execute("DETACH new_table")
+    if parent is not None:
+        connection.execute("DETACH parent_table")
     return digest, counts
+
+
+def _write_rows(
+    connection: duckdb.DuckDBPyConnection, table: Table, quantiles: Sequence[float], schema: str, source: str | None
+) -> None:
+    """Create a table with its comments in a schema, with the rows of `source`."""
+    columns = table.expand(quantiles)
+    target = f"{schema}.{quote(table.name)}"
+    definitions = ", ".join(f"{quote(column.name)} {column.type}" for column in columns)
+    connection.execute(f"CREATE TABLE {target} ({definitions})")
+    connection.execute(f"COMMENT ON TABLE {target} IS '{_quoted(table.comment)}'")
+    for column in columns:
+        comment = _quoted(column.comment)
+        connection.execute(f"COMMENT ON COLUMN {target}.{quote(column.name)} IS '{comment}'")
+    if source is not None:
+        names = ", ".join(quote(column.name) for column in columns)
+        order = ", ".join(quote(name) for name in table.order)
+        connection.execute(f"INSERT INTO {target} SELECT {names} FROM {source} ORDER BY {order}")
+
+
+def _keep_parent(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> None:
+    """Copy the tables of the attached parent, and those of its own parents, into schemas of their own."""
+    held = connection.execute(
+        "SELECT schema_name FROM duckdb_schemas() WHERE database_name = 'parent_table' ORDER BY schema_name"
+    ).fetchall()
+    kept = ["main", *(parent_schema(place) for place in range(1, len(held) + 1) if (parent_schema(place),) in held)]
+    for place, schema in enumerate(kept, 1):
+        target = f"new_table.{parent_schema(place)}"
+        connection.execute(f"CREATE SCHEMA {target}")
+        for table in TABLES.values():
+            _write_rows(connection, table, quantiles, target, f"parent_table.{schema}.{quote(table.name)}")
 
 
 def _quoted(text: str) -> str:

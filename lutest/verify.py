@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lutest.errors import TableError
+from lutest.export_reader import EXPORT_ENDING
 from lutest.figures import Figures
-from lutest.integrity import LOG_ENDINGS, content_hash, refuse_unfinished, row_counts
+from lutest.integrity import LOG_ENDINGS, content_hash, parent_schema, refuse_unfinished, row_counts
 from lutest.reader import read_figures
 from lutest.seal import check_seal
 from lutest.sql import connect
@@ -79,6 +80,8 @@ def read_verified(path: str | os.PathLike[str]) -> Figures:
 
 def _verified(path: str) -> tuple[Verification, Figures]:
     refuse_unfinished(path)
+    if path.lower().endswith(EXPORT_ENDING):
+        raise TableError(f"{path}: verify checks table files, not exports, which have no seal: each load checks those")
     while True:
         if os.path.isfile(path):  # else reading it says what is wrong
             check_seal(path, required=True)
@@ -108,6 +111,7 @@ def _check(path: str) -> Verification:
                     f"changed or damaged since; {_REBUILD}"
                 )
             _check_accounts(path, connection)
+            _check_parent(path, connection)
             return Verification(path, computed, row_counts(connection), size_bytes)
     except (duckdb.CatalogException, duckdb.BinderException) as error:
         raise TableError(
@@ -115,6 +119,13 @@ def _check(path: str) -> Verification:
         ) from error
     except duckdb.Error as error:
         raise TableError(f"{path}: damaged: {str(error).splitlines()[0]}; {_REBUILD}") from error
+
+
+def _check_parent(path: str, connection: duckdb.DuckDBPyConnection) -> None:
+    """Check that a calibrated table keeps its parent as it was."""
+    stored = connection.execute("SELECT value FROM meta WHERE key = 'parent_content_hash'").fetchone()
+    if stored is not None and content_hash(connection, parent_schema(1)) != stored[0]:
+        raise TableError(f"{path}: its schema parent is not the table {stored[0]} that it was calibrated from")
 
 
 def _check_accounts(path: str, connection: duckdb.DuckDBPyConnection) -> None:

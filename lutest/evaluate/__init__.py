@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
-from ..build import read_runs, work_database
-from ..clean import write_accepted_runs
-from ..config import BuildConfig, load_config, parse_config
-from ..errors import SourceError
+from ..build import work_database
+from ..config import BuildConfig
 from ..figures import Key
+from ..loading import load
+from ..matched_runs import match_runs
 from ..sources import Source
-from ..table import LatencyTable, load
+from ..table import LatencyTable
 from . import metrics
 from .evaluation import BANDS, Evaluation, Score, render_evaluation
 from .provenance import provenance_warnings
@@ -70,16 +68,10 @@ def evaluate(
     Runs pass the structural checks of a build, and duplicates count once. Outliers stay: a user meets them too.
     """
     held = table if isinstance(table, LatencyTable) else load(table)
-    given = runs if isinstance(runs, list | tuple) else [runs]
-    settings = _settings(config)
     with work_database() as connection:
-        read_runs(connection, given, settings, Path(), progress)
-        write_accepted_runs(connection, "none", settings.cleaning.k)
-        left_out = _match_keys(connection, held)
+        left_out = match_runs(connection, held, runs, config, progress)
         judged = _judged_runs(connection)
         n_runs = len(judged["key_id"])
-        if n_runs == 0:
-            raise SourceError(_no_runs(connection, held, left_out))
         observations, step_note = _observations(connection, held, judged)
         warnings = provenance_warnings(connection, held)
     if step_note:
@@ -89,57 +81,12 @@ def evaluate(
     return Evaluation(held.path, n_runs, n_clamped, left_out, warnings, overall, by_band, by_key)
 
 
-def _settings(config: str | os.PathLike[str] | Mapping[str, object] | BuildConfig | None) -> BuildConfig:
-    if config is None:
-        return BuildConfig()
-    if isinstance(config, BuildConfig):
-        return config
-    return parse_config(config) if isinstance(config, Mapping) else load_config(config)
-
-
-def _match_keys(connection: duckdb.DuckDBPyConnection, table: LatencyTable) -> dict[str, int]:
-    """Create the view ``judged_runs`` with the ids of the table; why other runs are left out, and how many."""
-    frame = pd.DataFrame([(number, *key) for number, key in enumerate(table.keys)], columns=["key_id", *Key._fields])
-    connection.register("table_keys_frame", frame)
-    connection.execute("CREATE OR REPLACE TABLE table_keys AS SELECT * FROM table_keys_frame")
-    connection.unregister("table_keys_frame")
-    connection.execute(
-        "CREATE OR REPLACE VIEW judged_runs AS "
-        "SELECT key_id, accepted_runs.* FROM accepted_runs JOIN table_keys USING (tier, top_k, num_blocks)"
-    )
-    rejected = connection.execute(
-        "SELECT reason, count(*) AS n FROM rejections GROUP BY reason ORDER BY n DESC, reason"
-    ).fetchall()
-    unknown = connection.execute(
-        "SELECT count(*) FROM accepted_runs ANTI JOIN table_keys USING (tier, top_k, num_blocks)"
-    ).fetchone()
-    left_out: dict[str, int] = dict(rejected)
-    if unknown is not None and unknown[0]:
-        left_out["configuration not in the table"] = unknown[0]
-    return left_out
-
-
-def _no_runs(connection: duckdb.DuckDBPyConnection, table: LatencyTable, left_out: Mapping[str, int]) -> str:
-    if not left_out:
-        return "the sources hold no runs at all"
-    reasons = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items())
-    example = connection.execute(
-        'SELECT tier, top_k, num_blocks FROM accepted_runs ORDER BY source_id, "row" LIMIT 1'
-    ).fetchone()
-    if example is None:
-        return f"no run is left to judge the table by: {reasons}"
-    return (
-        f"no run is left to judge the table by: {reasons}; the runs have (tier, top_k, num_blocks) such as "
-        f"{tuple(example)}, the table such as {tuple(table.keys[0])}"
-    )
-
-
 def _judged_runs(connection: duckdb.DuckDBPyConnection) -> Columns:
     return _columns(
         connection,
         """
         SELECT key_id, prompt_tokens, output_tokens, prefill_ms, decode_ms, total_ms, clamped
-        FROM judged_runs
+        FROM matched_runs
         ORDER BY source_id, "row"
         """,
     )
@@ -199,13 +146,13 @@ def _timed_steps(connection: duckdb.DuckDBPyConnection, has_decode: NDArray[np.b
     """Timed steps of configurations with decode figures, bounded, and how many there are in all."""
     ids = [int(number) for number in np.flatnonzero(has_decode)]
     timed = f"timed AND list_contains({ids}::BIGINT[], key_id)"
-    total = connection.execute(f"SELECT sum(len(decode_steps_ms)) FROM judged_runs WHERE {timed}").fetchone()
+    total = connection.execute(f"SELECT sum(len(decode_steps_ms)) FROM matched_runs WHERE {timed}").fetchone()
     steps = _columns(
         connection,
         f"""
         WITH chosen AS (
             SELECT *
-            FROM judged_runs
+            FROM matched_runs
             WHERE {timed}
             QUALIFY sum(len(decode_steps_ms)) OVER (ORDER BY run_hash, source_id, "row" ROWS UNBOUNDED PRECEDING)
                 - len(decode_steps_ms) < {MAX_STEPS}

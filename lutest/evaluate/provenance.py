@@ -25,7 +25,7 @@ def provenance_warnings(connection: duckdb.DuckDBPyConnection, table: LatencyTab
     Parameters
     ----------
     connection : duckdb connection
-        Holds ``source_files`` and ``judged_runs``.
+        Holds ``source_files`` and ``matched_runs``.
     table : LatencyTable
         Its file, where it is still there, says what it was built from.
 
@@ -44,7 +44,7 @@ def provenance_warnings(connection: duckdb.DuckDBPyConnection, table: LatencyTab
     else:
         digests, extremes = held
         same = _runs_of_same_files(connection, digests)
-        total = _one(connection, "SELECT count(*) FROM judged_runs")
+        total = _one(connection, "SELECT count(*) FROM matched_runs")
         if same:
             warnings.append(
                 f"{same:,} of {int(total):,} runs come from files that the table was built from (same SHA-256): "
@@ -78,7 +78,7 @@ def _runs_of_same_files(connection: duckdb.DuckDBPyConnection, digests: list[str
     return int(
         _one(
             connection,
-            "SELECT count(*) FROM judged_runs JOIN source_files USING (source_id) WHERE list_contains(?, sha256)",
+            "SELECT count(*) FROM matched_runs JOIN source_files USING (source_id) WHERE list_contains(?, sha256)",
             [digests],
         )
     )
@@ -91,7 +91,7 @@ def _share_known(connection: duckdb.DuckDBPyConnection, extremes: list[tuple[obj
         SELECT sum(n_distinct) / sum(n)
         FROM (
             SELECT count(DISTINCT prefill_ms) AS n_distinct, count(*) AS n
-            FROM judged_runs GROUP BY tier, top_k, num_blocks
+            FROM matched_runs GROUP BY tier, top_k, num_blocks
         )
         """,
     )
@@ -107,7 +107,7 @@ def _share_known(connection: duckdb.DuckDBPyConnection, extremes: list[tuple[obj
         f"""
         WITH nearest AS (
             SELECT min(abs(prefill_ms - value) / value) AS distance
-            FROM extremes JOIN judged_runs USING (tier, top_k, num_blocks)
+            FROM extremes JOIN matched_runs USING (tier, top_k, num_blocks)
             GROUP BY tier, top_k, num_blocks, value
         )
         SELECT coalesce(avg(CAST(distance < {_SAME_TIME} AS INTEGER)), 0) FROM nearest
@@ -117,7 +117,9 @@ def _share_known(connection: duckdb.DuckDBPyConnection, extremes: list[tuple[obj
 
 def _mismatch(connection: duckdb.DuckDBPyConnection, table: LatencyTable, name: str) -> str:
     held = set(json.loads(table.meta.get(name, "[]")))
-    rows = connection.execute(f"SELECT DISTINCT {name} FROM judged_runs WHERE {name} IS NOT NULL ORDER BY 1").fetchall()
+    rows = connection.execute(
+        f"SELECT DISTINCT {name} FROM matched_runs WHERE {name} IS NOT NULL ORDER BY 1"
+    ).fetchall()
     strange = [value for (value,) in rows if value not in held]
     if not held or not strange:
         return ""
