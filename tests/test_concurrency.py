@@ -44,7 +44,7 @@ def test_readers_through_rebuilds(tmp_path: Path, long: bool, tally: Tally) -> N
         digest = build_whole(runs, path)
         whole[digest] = repr(lutest.load(path).figures.keys)
     assert len(whole) == 3
-    n_readers, n_rebuilds = (16, 100) if long else (4, 8)
+    n_readers, n_rebuilds = (16, 100) if long else (4, 5)
     stop = tmp_path / "stop"
     pause_s = n_readers / 20  # leaves the builder some of the processor
     readers: list[Connection] = []
