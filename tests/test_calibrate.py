@@ -178,15 +178,21 @@ def test_a_changed_parent_inside_the_file_is_noticed(calibrated: Path, tmp_path:
         lutest.load(copy, verify=True)
 
 
-def test_the_commands(parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands(
+    parent: Path, wide_runs: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "new.duckdb"
-    runs = RUNS / "cpu-wide-preset.parquet"
-    assert main(["calibrate", str(parent), str(runs), "-o", str(output)]) == 0
+    few = tmp_path / "few.csv"
+    wide_runs[COLUMNS].sample(40, random_state=5).to_csv(few, index=False)
+    assert main(["calibrate", str(parent), str(few), "-o", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert "calibrated with 400 runs (left out: 1,220 beyond the 400 runs that are taken)" in printed
-    assert "prefill: P50 x 1.4" in printed
-    assert main(["calibrate", str(parent), str(runs), "-o", str(output), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["n_runs"] == 400
+    assert "calibrated with 40 runs\n" in printed
+    assert "prefill: P50 x 1." in printed
+    every = RUNS / "cpu-wide-preset.parquet"
+    assert main(["calibrate", str(parent), str(every), "-o", str(output), "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["n_runs"] == 200
+    assert done["left_out"] == {"beyond the 200 runs that are taken": 1420}
     assert main(["calibrate", str(parent), str(tmp_path / "none.parquet"), "-o", str(output)]) == 2
     assert "none.parquet" in capsys.readouterr().err
     other = pd.DataFrame([("tiny", 4, 12, 100, 1, 300.0, 0.0)], columns=COLUMNS)

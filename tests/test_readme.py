@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import duckdb
 import pytest
 
 from lutest.cli import main
@@ -28,11 +29,18 @@ def _blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the shipped runs, their table, and results of one's own."""
+    """A folder with the shipped runs, their table, results of one's own, and a few of a slower device."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copytree(PROJECT / "tables", folder / "tables", ignore=shutil.ignore_patterns("*.duckdb", ".*"))
     (folder / "results").mkdir()
-    shutil.copy(PROJECT / "tables" / "runs" / "direct.parquet", folder / "results")
+    runs = PROJECT / "tables" / "runs" / "direct.parquet"
+    shutil.copy(runs, folder / "results")
+    (folder / "new-device").mkdir()
+    few = duckdb.execute("SELECT * EXCLUDE (decode_steps_ms) FROM read_parquet(?)", [str(runs)]).df()
+    few = few.sample(60, random_state=0)
+    for latency in ("prefill_ms", "decode_ms", "total_ms"):
+        few[latency] *= 1.5
+    few.to_csv(folder / "new-device" / "runs.csv", index=False)
     assert main(["build", str(folder / "tables" / "build.yaml")]) == 0
     return folder
 

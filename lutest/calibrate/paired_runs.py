@@ -16,7 +16,7 @@ __all__ = ["MOST_RUNS", "PairedRuns", "PairedSteps", "pair_runs", "pair_steps"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-MOST_RUNS = 400  # more are picked by their hash: with so many, a table of their own is better than a calibrated one
+MOST_RUNS = 200  # more are picked by their hash: with so many, a table of their own is better than a calibrated one
 _MOST_STEPS = 100_000
 _LEAST_SHARE = 1e-3  # of what is predicted: stands for a decode that was clamped at zero
 

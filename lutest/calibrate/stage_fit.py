@@ -23,7 +23,9 @@ _SHIFTS = (0.0, -0.6, -0.3, -0.1, 0.1, 0.3, 1.0, 3.0)  # in units of the least P
 _FLOORS = (_NO_FLOOR, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)  # the same
 _ROUNDS = 2
 _LEAST_RUNS = 4  # below, a plain scale
-_LEAST_GAIN = 1.5  # standard errors of the mean error by which a map must be better than a plain scale
+# Standard errors of the mean error by which a map must be better than a plain scale, at 10 runs: with more of them, it
+# falls with their root, for then there is less to lose.
+_LEAST_GAIN, _GAIN_RUNS = 2.0, 10
 _PRICE = 0.75  # of the error, over the number of runs: what each part of a map must earn
 _REWEIGHTINGS = 3
 _OUTLYING = 1.5  # standard deviations from which on a run counts less (Huber)
@@ -168,8 +170,8 @@ def _choose(runs: PairedRuns, parts: Mapping[str, Floats], components: tuple[str
             strength = float(np.expm1(weights @ np.log1p(_STRENGTHS)))
             chosen = replace(chosen, strengths={**chosen.strengths, name: strength})
     gain = _errors(runs, parts, plain) - _errors(runs, parts, chosen)
-    deviation = float(gain.std(ddof=1)) / np.sqrt(n)
-    return chosen if float(np.average(gain, weights=runs.weight)) > _LEAST_GAIN * deviation else plain
+    least = _LEAST_GAIN * np.sqrt(_GAIN_RUNS / n) * float(gain.std(ddof=1)) / np.sqrt(n)
+    return chosen if float(np.average(gain, weights=runs.weight)) > least else plain
 
 
 def _worths(runs: PairedRuns, parts: Mapping[str, Floats], candidates: Sequence[_Candidate], unit_ms: float) -> Floats:
