@@ -271,7 +271,7 @@ def test_the_command_tells_what_it_did(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "huge"}, "there is no preset 'huge'; there are tiny, cpu, molmoe-1b"),
+        ({"preset": "huge"}, "there is no preset 'huge'; there are tiny, cpu, cpu-wide, molmoe-1b"),
         ({"tiers": ["ultra"]}, "there is no tier 'ultra' in tiny"),
         ({"top_k": [5]}, "top_k is 5; in tiny it must be from 1 to 4"),
         ({"num_blocks": [0]}, "blocks is 0; in tiny it must be from 1 to 2"),
