@@ -188,6 +188,8 @@ def test_the_commands(
     printed = capsys.readouterr().out
     assert "calibrated with 40 runs\n" in printed
     assert "prefill: P50 x 1." in printed
+    assert main(["info", str(output)]) == 0
+    assert "with 40 runs from the table " + lutest.load(parent).meta["content_hash"] in capsys.readouterr().out
     every = RUNS / "cpu-wide-preset.parquet"
     assert main(["calibrate", str(parent), str(every), "-o", str(output), "--json"]) == 0
     done = json.loads(capsys.readouterr().out)

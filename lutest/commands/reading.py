@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 
 from ..errors import ArgumentError
 from ..report import count, format_table, one_line, unique_names
@@ -54,6 +55,7 @@ def info(arguments: argparse.Namespace) -> None:
         ),
         ("schema version", meta.get("schema_version")),
         ("content hash", meta.get("content_hash")),
+        *_parent_facts(meta),
         ("quantiles", ", ".join(map(str, json.loads(meta.get("quantiles", "[]"))))),
         ("tiers", ", ".join(table.tiers)),
         ("sources", f"{count(len(sources), 'file')}: {count_runs(sources)}"),
@@ -69,6 +71,14 @@ def info(arguments: argparse.Namespace) -> None:
         for key in thin:
             name = " ".join(str(key[part]) for part in KEY_NAMES)
             print(f"  {one_line(name)}: {count(key['n'], 'run')}, {key['runs_wanted']} more wanted")
+
+
+def _parent_facts(meta: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What a calibrated table came from: its sources are those of the parent."""
+    if "parent_content_hash" not in meta:
+        return []
+    n_runs = json.loads(meta.get("calibration", "{}")).get("n_runs")
+    return [("calibrated", f"with {count(n_runs or 0, 'run')} from the table {meta['parent_content_hash']}")]
 
 
 def lookup(arguments: argparse.Namespace) -> None:
