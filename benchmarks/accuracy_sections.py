@@ -12,7 +12,7 @@ from held_out import KEYS, Floats, Runs, build_table, split, table_predictions
 from rivals import Predict, fit_careless_median, fit_key_median
 
 import lutest
-from lutest.evaluate.metrics import median_bias
+from lutest.judging.metrics import median_bias
 
 __all__ = [
     "FitTime",

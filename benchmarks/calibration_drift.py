@@ -10,7 +10,7 @@ import pandas as pd
 from printing import Verdict, percent, print_aligned, verdict
 
 import lutest
-from lutest.drift import DRIFT_TOLERANCE
+from lutest.calibration.drift import DRIFT_TOLERANCE
 
 __all__ = ["drift_verdicts"]
 

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 import lutest
-from lutest.table import Missing
+from lutest.reader.table import Missing
 
 __all__ = [
     "KEYS",

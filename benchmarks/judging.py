@@ -9,7 +9,7 @@ import numpy as np
 from held_out import TARGETS, Floats, Ints, Predicted, Runs, observed
 from scipy import optimize
 
-from lutest.evaluate.metrics import coverage, mape, pinball_loss, r_squared
+from lutest.judging.metrics import coverage, mape, pinball_loss, r_squared
 
 __all__ = ["BANDS", "Limits", "Scores", "judge", "r_squared_limits"]
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 import lutest
-from lutest.schema import TABLES
+from lutest.tablefile.schema import TABLES
 
 __all__ = ["bare_read_s", "build_table", "draws", "hammered", "load_s", "resident_mb"]
 

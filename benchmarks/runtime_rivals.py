@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lutest
-from lutest.figures import KeyFigures
+from lutest.reader.figures import KeyFigures
 
 __all__ = ["BATCH", "ELEMENTS", "SCALAR", "BatchRival", "Queries", "ScalarRival", "drawn_batch", "drawn_queries"]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lutest.current import lookup, use
-from lutest.errors import (
+from lutest.reader import __version__
+from lutest.reader.current import lookup, use
+from lutest.reader.entry import Entry
+from lutest.reader.errors import (
     ArgumentError,
     BuildError,
     ConfigError,
@@ -18,24 +18,22 @@ from lutest.errors import (
     TableError,
     UnknownKeyError,
 )
-from lutest.estimate import Entry
-from lutest.explanation import Explanation
-from lutest.figures import Key
-from lutest.loading import load
-from lutest.table import LatencyTable
+from lutest.reader.explanation import Explanation
+from lutest.reader.figures import Key
+from lutest.reader.loading import load
+from lutest.reader.table import LatencyTable
 
 if TYPE_CHECKING:
-    from lutest.build import build as build
-    from lutest.calibrate import calibrate as calibrate
-    from lutest.check import check as check
-    from lutest.convert import convert as convert
-    from lutest.diagnose import diagnose as diagnose
-    from lutest.evaluate import evaluate as evaluate
-    from lutest.export import export as export
-    from lutest.online import OnlineCalibrator as OnlineCalibrator
-    from lutest.plan import plan as plan
-
-__version__ = "0.1.0"
+    from lutest.builder.build import build as build
+    from lutest.calibration.calibrate import calibrate as calibrate
+    from lutest.calibration.check import check as check
+    from lutest.calibration.online import OnlineCalibrator as OnlineCalibrator
+    from lutest.calibration.plan import plan as plan
+    from lutest.judging.diagnose import diagnose as diagnose
+    from lutest.judging.evaluate import evaluate as evaluate
+    from lutest.runs.convert import convert as convert
+    from lutest.tablefile.export import export as export
+    from lutest.tablefile.verify import verify as verify
 
 __all__ = [
     "ArgumentError",
@@ -63,30 +61,29 @@ __all__ = [
     "lookup",
     "plan",
     "use",
+    "verify",
 ]
 
-# name → module of the same name: imported on first use, since they bring in pandas and SciPy
-_BUILDER_VERBS = ("build", "calibrate", "check", "convert", "diagnose", "evaluate", "export", "plan")
+# name → module that it is imported from on first use: they bring in pandas, SciPy, DuckDB
+_ON_FIRST_USE = {
+    "OnlineCalibrator": "lutest.calibration.online",
+    "build": "lutest.builder.build",
+    "calibrate": "lutest.calibration.calibrate",
+    "check": "lutest.calibration.check",
+    "convert": "lutest.runs.convert",
+    "diagnose": "lutest.judging.diagnose",
+    "evaluate": "lutest.judging.evaluate",
+    "export": "lutest.tablefile.export",
+    "plan": "lutest.calibration.plan",
+    "verify": "lutest.tablefile.verify",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _BUILDER_VERBS:
-        return getattr(import_module(f"lutest.{name}"), name)
-    if name == "OnlineCalibrator":
-        return import_module("lutest.online").OnlineCalibrator
+    if name in _ON_FIRST_USE:
+        return getattr(import_module(_ON_FIRST_USE[name]), name)
     raise AttributeError(f"module 'lutest' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Facade(ModuleType):
-    """Keeps `lutest.build` the function: importing the module of that name would otherwise bind it here."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in _BUILDER_VERBS or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Facade

@@ -17,9 +17,9 @@ import duckdb
 import pandas as pd
 
 import lutest
-from lutest.build import build
-from lutest.errors import LutestError
-from lutest.reader import read_figures
+from lutest.builder.build import build
+from lutest.reader.errors import LutestError
+from lutest.reader.file import read_figures
 
 __all__ = [
     "Outcome",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pytest", "lutest.verify", "tests.children"])
+_CONTEXT.set_forkserver_preload(["pytest", "lutest.tablefile.verify", "tests.children"])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import duckdb
 import pandas as pd
 import pytest
 
-from lutest.build import build
+from lutest.builder.build import build
 
 # what a suite tried → how often, and what became of it
 Tally = dict[str, Counter[str]]

@@ -9,8 +9,9 @@ from pathlib import Path
 import duckdb
 from hypothesis import settings
 
-from lutest.figures import Curve, Figures, Key, KeyFigures, Quality, Summary, TotalRatios
-from lutest.schema import SCHEMA_VERSION, STORAGE_VERSION, TABLES
+from lutest.reader.figures import Curve, Figures, Key, KeyFigures, Quality, Summary, TotalRatios
+from lutest.reader.names import SCHEMA_VERSION
+from lutest.tablefile.schema import STORAGE_VERSION, TABLES
 
 settings.register_profile("untimed", deadline=None)  # machines that run tests are shared
 settings.load_profile("untimed")

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lutest import ArgumentError, NoDecodeDataError, UnknownKeyError
-from lutest.batch import CHUNK
-from lutest.table import LatencyTable
+from lutest.reader.batch import CHUNK
+from lutest.reader.table import LatencyTable
 from tests.synthetic import NO_DECODE, QUANTILES, make_figures
 
 TABLE = LatencyTable(make_figures())

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from lutest import ArgumentError, Entry, Key, LatencyTable, NoDecodeDataError
-from lutest.figures import Figures
-from lutest.lengths import OUTERMOST_SCORE, levels_of
+from lutest.reader.figures import Figures
+from lutest.reader.lengths import OUTERMOST_SCORE, levels_of
 from tests.synthetic import NO_DECODE, QUANTILES, make_figures
 
 Floats = NDArray[np.float64]

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 import lutest
-from lutest.build import BuildSummary, build
-from lutest.errors import BuildError, ConfigError, LutestError
+from lutest.builder.build import BuildSummary, build
+from lutest.reader.errors import BuildError, ConfigError, LutestError
 from tests.runs_frame import constant_step_runs, noisy_runs
 
 KEYS = ["tier", "top_k", "num_blocks"]

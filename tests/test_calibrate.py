@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lutest
-from lutest.cli import main
-from lutest.figures import Key
-from lutest.integrity import content_hash
-from lutest.stage_maps import IDENTITY, KeyMaps, StageMap, mapped_figures, mapped_key
+from lutest.calibration.maps import IDENTITY, KeyMaps, StageMap, mapped_figures, mapped_key
+from lutest.cli.main import main
+from lutest.reader.figures import Key
+from lutest.tablefile.integrity import content_hash
 from tests.conftest import RUNS
 from tests.synthetic import make_figures
 

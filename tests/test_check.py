@@ -12,9 +12,9 @@ import pytest
 from scipy import stats
 
 import lutest
-from lutest.cli import main
-from lutest.drift import Coverage, exceedance_tail, judge_drift
-from lutest.figures import Key
+from lutest.calibration.drift import Coverage, exceedance_tail, judge_drift
+from lutest.cli.main import main
+from lutest.reader.figures import Key
 from tests.conftest import RUNS
 
 COLUMNS = ["tier", "top_k", "num_blocks", "prompt_tokens", "output_tokens", "prefill_ms", "decode_ms"]

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import lutest
-from lutest.cli import main
+from lutest.cli.main import main
 
 COMMANDS = ("build", "convert", "export", "info", "lookup", "feasible", "sql")
 PROJECT = Path(__file__).parent.parent
@@ -362,8 +362,8 @@ def test_output_that_cannot_show_a_sign_still_shows_the_rest(direct_table: Path)
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys, lutest.cli\n"
-        "try: lutest.cli.main(['build', '--help'])\n"
+        "import sys, lutest.cli.main\n"
+        "try: lutest.cli.main.main(['build', '--help'])\n"
         "except SystemExit: pass\n"
         "sys.stderr.write(' '.join(sorted({'duckdb', 'numpy', 'pandas', 'scipy', 'tqdm', 'yaml'} & set(sys.modules))))"
     )

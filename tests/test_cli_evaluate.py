@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lutest.cli import main
-from lutest.diagnose import diagnose
-from lutest.evaluate import evaluate
+from lutest.cli.main import main
+from lutest.judging.diagnose import diagnose
+from lutest.judging.evaluate import evaluate
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import lutest
-from lutest.build import build
-from lutest.errors import BuildError, LutestError
-from lutest.verify import verify
+from lutest.builder.build import build
+from lutest.reader.errors import BuildError, LutestError
+from lutest.tablefile.verify import verify
 from tests.children import build_whole, loaded, write_runs
 from tests.conftest import Tally
 from tests.reading import Seen, read_until

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lutest.config import load_config, parse_config
-from lutest.errors import ConfigError
+from lutest.reader.errors import ConfigError
+from lutest.runs.configuration import load_config, parse_config
 
 
 def test_all_options(tmp_path: Path) -> None:

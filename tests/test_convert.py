@@ -13,9 +13,9 @@ from unittest import mock
 import duckdb
 import pytest
 
-from lutest.build import BuildSummary, build
-from lutest.convert import convert
-from lutest.errors import BuildError, ConfigError, SourceError
+from lutest.builder.build import BuildSummary, build
+from lutest.reader.errors import BuildError, ConfigError, SourceError
+from lutest.runs.convert import convert
 from tests.children import run_child
 
 HEADER = {"tier": "low", "top_k": 4, "num_active_blocks": 12, "device": "cpu"}

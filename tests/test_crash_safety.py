@@ -19,10 +19,10 @@ import duckdb
 import pytest
 
 import lutest
-from lutest.build import build
-from lutest.errors import BuildError, SourceError, TableError
-from lutest.sources import list_sources
-from lutest.verify import verify
+from lutest.builder.build import build
+from lutest.reader.errors import BuildError, SourceError, TableError
+from lutest.runs.sources import list_sources
+from lutest.tablefile.verify import verify
 from tests.children import Outcome, build_to_step, build_whole, count_steps, run_child, write_runs
 from tests.conftest import Tally
 from tests.runs_frame import noisy_runs
@@ -298,7 +298,7 @@ def test_a_table_that_cannot_be_read_does_not_replace_one(stand: Stand, monkeypa
         raise TableError(f"{path}: made up")
         yield
 
-    monkeypatch.setattr("lutest.reader._open", unreadable)
+    monkeypatch.setattr("lutest.reader.file._open", unreadable)
     with pytest.raises(BuildError, match=r"cannot be read, so it did not replace the old: .*made up"):
         build_whole(stand.next_runs, str(stand.path))
     assert stand.path.read_bytes() == before

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lutest.diagnose import Finding, diagnose, render_findings
-from lutest.errors import SourceError
+from lutest.cli.judging import render_findings
+from lutest.judging.diagnose import Finding, diagnose
+from lutest.reader.errors import SourceError
 from tests.runs_frame import constant_step_runs, noisy_runs
 
 NAMES = [

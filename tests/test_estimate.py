@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lutest import ArgumentError, Entry, Key, NoDecodeDataError
-from lutest.arguments import MAX_TOKENS
-from lutest.figures import Curve, KeyFigures, TotalRatios
-from lutest.table import LatencyTable
+from lutest.reader.arguments import MAX_TOKENS
+from lutest.reader.figures import Curve, KeyFigures, TotalRatios
+from lutest.reader.table import LatencyTable
 from tests.synthetic import NO_DECODE, QUANTILES, SINGLE_KNOT, curve_at, make_figures, make_key, ratio_at
 
 TABLE = LatencyTable(make_figures())

@@ -13,12 +13,13 @@ import pandas as pd
 import pytest
 
 from lutest import load
-from lutest.build import build
-from lutest.convert import convert
-from lutest.errors import SourceError
-from lutest.evaluate import evaluate, render_evaluation
-from lutest.evaluate.evaluation import BANDS, Evaluation, Score
-from lutest.figures import Key
+from lutest.builder.build import build
+from lutest.cli.judging import render_evaluation
+from lutest.judging.evaluate import evaluate
+from lutest.judging.evaluation import BANDS, Evaluation, Score
+from lutest.reader.errors import SourceError
+from lutest.reader.figures import Key
+from lutest.runs.convert import convert
 from tests.runs_frame import noisy_runs
 
 KEYS = (("low", 4, 12), ("low", 8, 12), ("high", 4, 12))

@@ -16,12 +16,13 @@ import pandas as pd
 import pytest
 
 import lutest
-from lutest.build import build
-from lutest.cli import main
-from lutest.errors import ArgumentError, BuildError, TableError
-from lutest.export import export
-from lutest.reader import read_figures
-from lutest.schema import TABLES, quote
+from lutest.builder.build import build
+from lutest.cli.main import main
+from lutest.reader.errors import ArgumentError, BuildError, TableError
+from lutest.reader.file import read_figures
+from lutest.reader.names import quote
+from lutest.tablefile.export import export
+from lutest.tablefile.schema import TABLES
 from tests import mutation
 from tests.runs_frame import noisy_runs
 from tests.synthetic import make_figures, write_file

@@ -11,11 +11,11 @@ import duckdb
 import numpy as np
 import pytest
 
-from lutest.build import build
-from lutest.convert import convert
-from lutest.diagnose import diagnose
-from lutest.errors import BuildError, ConfigError, SourceError
-from lutest.sources import vllm
+from lutest.builder.build import build
+from lutest.judging.diagnose import diagnose
+from lutest.reader.errors import BuildError, ConfigError, SourceError
+from lutest.runs.convert import convert
+from lutest.runs.sources import vllm
 
 DATA = Path(__file__).parent / "data"
 VLLM, AIPERF, GUIDELLM = DATA / "vllm-bench-serve.json", DATA / "aiperf-0.13.0.jsonl", DATA / "guidellm-0.8.1.json"

@@ -23,14 +23,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lutest
-from lutest.build import build, read_runs, work_database
-from lutest.clean import write_accepted_runs
-from lutest.cli import main
-from lutest.config import BuildConfig, load_config
-from lutest.errors import BuildError, ConfigError, LutestError, NoDecodeDataError, SourceError
-from lutest.runs import raw_fields
-from lutest.sources import SourceFields, read_sources
-from lutest.sql import connect
+from lutest.builder.build import build
+from lutest.builder.clean import write_accepted_runs
+from lutest.cli.main import main
+from lutest.reader.errors import BuildError, ConfigError, LutestError, NoDecodeDataError, SourceError
+from lutest.runs.canonical import raw_fields
+from lutest.runs.configuration import BuildConfig, load_config
+from lutest.runs.sources import SourceFields, read_sources
+from lutest.runs.work import read_runs, work_database
+from lutest.tablefile.sql import connect
 from tests import mutation
 from tests.conftest import Tally
 

@@ -15,13 +15,13 @@ import duckdb
 import pytest
 
 import lutest
-from lutest.build import build
-from lutest.cli import main
-from lutest.errors import TableError
-from lutest.integrity import content_hash
-from lutest.schema import SCHEMA_VERSION
-from lutest.seal import write_seal
-from lutest.verify import verify
+from lutest.builder.build import build
+from lutest.cli.main import main
+from lutest.reader.errors import TableError
+from lutest.reader.names import SCHEMA_VERSION
+from lutest.reader.seal import write_seal
+from lutest.tablefile.integrity import content_hash
+from lutest.tablefile.verify import verify
 from tests.children import Outcome, loaded, run_child, verified
 from tests.conftest import Tally
 from tests.runs_frame import noisy_runs

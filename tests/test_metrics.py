@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lutest.evaluate.metrics import (
+from lutest.judging.metrics import (
     coverage,
     mape,
     mean_absolute_error,

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 import lutest
-from lutest.online import OnlineCalibrator
+from lutest.calibration.online import OnlineCalibrator
 from tests.conftest import RUNS
 from tests.synthetic import NO_DECODE, make_figures
 

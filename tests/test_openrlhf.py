@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from lutest.errors import ArgumentError
+from lutest.reader.errors import ArgumentError
+from lutest.reader.table import LatencyTable
 from lutest.reward import LatencyReward, OpenRLHFReward, Weights
-from lutest.table import LatencyTable
 from tests.synthetic import make_figures, write_file
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lutest
-from lutest.cli import main
+from lutest.cli.main import main
 
 
 def test_planned_runs_leave_less_uncertain_than_random_ones(direct_table: Path) -> None:

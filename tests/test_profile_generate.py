@@ -10,8 +10,8 @@ from typing import Any
 import duckdb
 import pytest
 
-from lutest.errors import ArgumentError
 from lutest.profile import Recorder, record_generate
+from lutest.reader.errors import ArgumentError
 
 KEY = ("low", 2, 4)
 END = 0

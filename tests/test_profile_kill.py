@@ -15,7 +15,7 @@ from unittest import mock
 
 import duckdb
 
-from lutest.build import build
+from lutest.builder.build import build
 from lutest.profile import Recorder
 from tests.children import run_child
 

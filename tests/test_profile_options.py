@@ -8,10 +8,10 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from lutest.cli import main
-from lutest.errors import ArgumentError, TableError
+from lutest.cli.main import main
 from lutest.profile.output_lengths import parse_output_lengths
 from lutest.profile.presets import PRESETS
+from lutest.reader.errors import ArgumentError, TableError
 
 
 def test_output_lengths_with_weights() -> None:

@@ -14,10 +14,10 @@ import duckdb
 import pytest
 import yaml
 
-from lutest.build import build
-from lutest.errors import ArgumentError, BuildError, ConfigError, SourceError
+from lutest.builder.build import build
 from lutest.profile import Recorder, Run
 from lutest.profile.recorder import interleave, measure_step_overhead
+from lutest.reader.errors import ArgumentError, BuildError, ConfigError, SourceError
 
 KEYS = [(tier, top_k, num_blocks) for tier in ("low", "high") for top_k in (4, 8) for num_blocks in (12, 16)]
 

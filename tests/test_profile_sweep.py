@@ -16,14 +16,14 @@ from typing import Any
 import duckdb
 import pytest
 
-from lutest.build import build
-from lutest.cli import main
-from lutest.errors import ArgumentError
+from lutest.builder.build import build
+from lutest.cli.main import main
 from lutest.profile import Recorder
 from lutest.profile.clock import make_clock
 from lutest.profile.presets import PRESETS
 from lutest.profile.recorder import interleave, measure_step_overhead
 from lutest.profile.sweep import run_sweep
+from lutest.reader.errors import ArgumentError
 
 torch = pytest.importorskip("torch", reason="the presets are torch models: pip install 'lutest[profile]'")
 

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lutest
-from lutest.build import build
-from lutest.sql import connect
-from lutest.table import LatencyTable
+from lutest.builder.build import build
+from lutest.reader.table import LatencyTable
+from lutest.tablefile.sql import connect
 
 NAMES = ("direct", "subtraction", "timed", "totals", "few", "tails")
 # the tables are made once and never changed, so examples may share them

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lutest.fit.quantile_regression import isotonic, quantile_regression, weighted_quantile
+from lutest.builder.fit.quantile_regression import isotonic, quantile_regression, weighted_quantile
 
 
 def pinball(residual: np.ndarray, q: float) -> float:

@@ -10,8 +10,8 @@ import duckdb
 import pytest
 
 import lutest
-from lutest.errors import TableError
-from lutest.reader import read_figures
+from lutest.reader.errors import TableError
+from lutest.reader.file import read_figures
 from tests.synthetic import make_figures, write_file
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from lutest.cli import main
-from lutest.sql import connect
+from lutest.cli.main import main
+from lutest.tablefile.sql import connect
 
 PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")

@@ -17,8 +17,8 @@ import pytest
 
 import lutest
 from lutest import Key, LatencyTable, TableError
-from lutest.figures import Figures
-from lutest.reloading import ReloadingTable
+from lutest.reader.figures import Figures
+from lutest.reader.reloading import ReloadingTable
 from tests.synthetic import make_figures, write_file
 
 KEY = Key("low", 4, 16)
@@ -60,7 +60,7 @@ def path(tmp_path: Path, files: list[Path]) -> Path:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lutest.reloading.CHECK_EVERY_S", 0.0)
+    monkeypatch.setattr("lutest.reader.reloading.CHECK_EVERY_S", 0.0)
 
 
 def put(file: Path, place: Path) -> None:
@@ -141,8 +141,8 @@ def test_the_first_table_has_to_be_there(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("at_once")
 def test_the_module_level_lookup_follows(path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lutest.current, "_current", None)
-    monkeypatch.setattr(lutest.current, "_current_entries", {})
+    monkeypatch.setattr(lutest.reader.current, "_current", None)
+    monkeypatch.setattr(lutest.reader.current, "_current_entries", {})
     assert isinstance(lutest.use(lutest.load(path, reload=True)), ReloadingTable)
     assert lutest.lookup(*KEY).prefill_ms(77, 0.95) == BASE
     put(files[1], path)
@@ -206,9 +206,9 @@ _EXPECTED: list[float] = []
 
 def _hammer_in_child(table: Any, seconds: float, answers: Any) -> None:
     warnings.simplefilter("error")
-    import lutest.reloading
+    import lutest.reader.reloading
 
-    lutest.reloading.CHECK_EVERY_S = 0.0
+    lutest.reader.reloading.CHECK_EVERY_S = 0.0
     answers.put(hammer(table, time.monotonic() + seconds))
 
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
-from lutest.errors import ArgumentError, NoDecodeDataError, TableError, UnknownKeyError
-from lutest.figures import Key
+from lutest.reader.errors import ArgumentError, NoDecodeDataError, TableError, UnknownKeyError
+from lutest.reader.figures import Key
+from lutest.reader.table import LatencyTable
 from lutest.reward import (
     Columns,
     LatencyReward,
@@ -25,7 +26,6 @@ from lutest.reward import (
     squared_overrun,
     tensor_reward,
 )
-from lutest.table import LatencyTable
 from tests.synthetic import NO_DECODE, make_figures, write_file
 
 TABLE = LatencyTable(make_figures())

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lutest import ArgumentError, Key, LatencyTable, UnknownKeyError
-from lutest.figures import Quality
+from lutest.reader.figures import Quality
 from tests.synthetic import NO_DECODE, make_figures
 
 TABLE = LatencyTable(make_figures())

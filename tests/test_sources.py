@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lutest.errors import SourceError
-from lutest.sources import Source, SourceFields, list_sources, read_sources
-from lutest.sources.json_stream import Configuration, JsonText, read_runs
+from lutest.reader.errors import SourceError
+from lutest.runs.sources import Source, SourceFields, list_sources, read_sources
+from lutest.runs.sources.json_stream import Configuration, JsonText, read_runs
 
 FIELDS = SourceFields(("tier", "top_k", "T_total", "dataset"), ("decode_steps_ms", "T_decode_per_step"))
 BIG_INTEGER = "9" * 5000

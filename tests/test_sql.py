@@ -11,8 +11,8 @@ import duckdb
 import pytest
 
 import lutest
-from lutest.errors import ArgumentError, LutestError, TableError
-from lutest.sql import connect, run_query
+from lutest.reader.errors import ArgumentError, LutestError, TableError
+from lutest.tablefile.sql import connect, run_query
 from tests.synthetic import make_figures, write_file
 
 REFUSED = (

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lutest.fit.step_curve import fit_step_curve
+from lutest.builder.fit.step_curve import fit_step_curve
 
 KEYS = ["tier", "top_k", "num_blocks"]
 LEVELS = [0.1, 0.5, 0.95, 0.99]

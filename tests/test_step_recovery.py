@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lutest.fit.step_curve import fit_step_curve
-from lutest.fit.step_recovery import identify, recover_step_curve
+from lutest.builder.fit.step_curve import fit_step_curve
+from lutest.builder.fit.step_recovery import identify, recover_step_curve
 
 KEYS = ["tier", "top_k", "num_blocks"]
 TABLES = Path(__file__).parent.parent / "tables" / "runs"

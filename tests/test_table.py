@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import lutest
-import lutest.current
+import lutest.reader.current
 from lutest import ArgumentError, Key, LatencyTable, LutestError, TableError, UnknownKeyError
 from tests.synthetic import NO_DECODE, QUANTILES, make_figures, write_file
 
@@ -30,8 +30,8 @@ def filling() -> LatencyTable:
 
 @pytest.fixture
 def nothing_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lutest.current, "_current", None)
-    monkeypatch.setattr(lutest.current, "_current_entries", {})
+    monkeypatch.setattr(lutest.reader.current, "_current", None)
+    monkeypatch.setattr(lutest.reader.current, "_current_entries", {})
     monkeypatch.delenv("LUTEST_TABLE", raising=False)
 
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lutest.fit.prefill_curve import fit_prefill_curve
-from lutest.fit.step_curve import fit_step_curve
-from lutest.fit.total_calibration import Fold, calibrate_totals
-from lutest.schema import KEY_COLUMNS, quantile_column, quantile_suffix
+from lutest.builder.fit.prefill_curve import fit_prefill_curve
+from lutest.builder.fit.step_curve import fit_step_curve
+from lutest.builder.fit.total_calibration import Fold, calibrate_totals
+from lutest.reader.names import KEY_COLUMNS, quantile_column, quantile_suffix
 
 KEYS = list(KEY_COLUMNS)
 LEVELS = (0.05, 0.5, 0.95)

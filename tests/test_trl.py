@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from lutest import load
-from lutest.errors import ArgumentError
+from lutest.reader.errors import ArgumentError
+from lutest.reader.table import LatencyTable
 from lutest.reward import Columns, LatencyReward, TRLReward, Weights
-from lutest.table import LatencyTable
 from tests.synthetic import make_figures
 
 TABLE = LatencyTable(make_figures())

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from lutest.errors import ArgumentError, UnknownKeyError
+from lutest.reader.errors import ArgumentError, UnknownKeyError
+from lutest.reader.table import LatencyTable
 from lutest.reward import LatencyReward, VerlReward, Weights, compute_score
-from lutest.table import LatencyTable
 from tests.synthetic import make_figures, write_file
 
 TABLE = LatencyTable(make_figures())

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from .generate import record_generate
-from .recorder import Recorder
-from .run import Run, StageTimes
+from lutest.profile.generate import record_generate
+from lutest.profile.recorder import Recorder
+from lutest.profile.run import Run, StageTimes
 
 __all__ = ["Recorder", "Run", "StageTimes", "record_generate"]

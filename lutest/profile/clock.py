@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from ..errors import ArgumentError
+from lutest.reader.errors import ArgumentError
 
 __all__ = ["SYNCHRONIZATIONS", "Clock", "make_clock"]
 

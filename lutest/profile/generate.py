@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ..errors import ArgumentError
-from .recorder import Recorder, RunConfiguration
+from lutest.profile.recorder import Recorder, RunConfiguration
+from lutest.reader.errors import ArgumentError
 
 __all__ = ["record_generate"]
 

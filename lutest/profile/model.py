@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from .presets import DecoderSize, Preset
-from .vision_tower import VisionTower
+from lutest.profile.presets import DecoderSize, Preset
+from lutest.profile.vision_tower import VisionTower
 
 __all__ = ["Generation", "Model"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from ..errors import ArgumentError
-from ..sql import connect, database_errors
+from lutest.reader.errors import ArgumentError
+from lutest.tablefile.sql import connect, database_errors
 
 __all__ = ["parse_output_lengths"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import ArgumentError
+from lutest.reader.errors import ArgumentError
 
 __all__ = ["PRESETS", "DecoderSize", "Preset", "VisionSize", "find_preset"]
 

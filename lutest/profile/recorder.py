@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import ArgumentError
-from .clock import Clock, make_clock
-from .machine import clock_record, device_name, software
-from .run import Run
-from .shards import RunStore
+from lutest.profile.clock import Clock, make_clock
+from lutest.profile.machine import clock_record, device_name, software
+from lutest.profile.run import Run
+from lutest.profile.shards import RunStore
+from lutest.reader.errors import ArgumentError
 
 __all__ = ["Recorder", "interleave", "measure_step_overhead"]
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
-from ..errors import ArgumentError
-from .clock import Clock
+from lutest.profile.clock import Clock
+from lutest.reader.errors import ArgumentError
 
 __all__ = ["Run", "StageTimes"]
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import duckdb
 import yaml
 
-from ..errors import BuildError, ConfigError, SourceError
+from lutest.reader.errors import BuildError, ConfigError, SourceError
 
 try:
     import fcntl

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError
-from .machine import cpu_name
-from .presets import Preset, find_preset
-from .recorder import Recorder, RunConfiguration, interleave
+from lutest.profile.machine import cpu_name
+from lutest.profile.presets import Preset, find_preset
+from lutest.profile.recorder import Recorder, RunConfiguration, interleave
+from lutest.reader.errors import ArgumentError
 
 __all__ = ["SweepSummary", "run_sweep"]
 
@@ -141,7 +141,7 @@ def run_sweep(
     )
     steps_ms: list[float] = []
     with recorder, torch.inference_mode():
-        from .model import Model
+        from lutest.profile.model import Model
 
         model = Model(sizes, device=device, seed=seed)
         deadline = None if minutes is None else started + 60 * minutes

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from .presets import VisionSize
+from lutest.profile.presets import VisionSize
 
 __all__ = ["VisionTower"]
 

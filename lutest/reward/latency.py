@@ -9,10 +9,11 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, cast, get_args
 
-from lutest.arguments import positive_ms, quantile_index, whole_number
-from lutest.errors import ArgumentError, NoDecodeDataError, UnknownKeyError
-from lutest.estimate import Entry
-from lutest.loading import load
+from lutest.reader.arguments import positive_ms, quantile_index, whole_number
+from lutest.reader.entry import Entry
+from lutest.reader.errors import ArgumentError, NoDecodeDataError, UnknownKeyError
+from lutest.reader.loading import load
+from lutest.reader.table import LatencyTable
 from lutest.reward.rollout import (
     Choice,
     Columns,
@@ -24,7 +25,6 @@ from lutest.reward.rollout import (
     value_in,
 )
 from lutest.reward.terms import Weights, complexity, efficiency_bonus, smooth_penalty, squared_overrun
-from lutest.table import LatencyTable
 
 __all__ = ["LatencyOutcome", "LatencyReward"]
 

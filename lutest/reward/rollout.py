@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, SupportsIndex, TypeAlias, cast
 
-from lutest.arguments import whole_number
-from lutest.errors import ArgumentError, UnknownKeyError
+from lutest.reader.arguments import whole_number
+from lutest.reader.errors import ArgumentError, UnknownKeyError
 
 __all__ = [
     "Choice",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from lutest.errors import ArgumentError
+from lutest.reader.errors import ArgumentError
 
 __all__ = ["LARGEST_OVERRUN", "Weights", "complexity", "efficiency_bonus", "smooth_penalty", "squared_overrun"]
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
-from lutest.errors import ArgumentError
+from lutest.reader.errors import ArgumentError
 from lutest.reward.latency import LatencyReward
 from lutest.reward.rollout import Columns
 from lutest.reward.terms import Weights

@@ -1,0 +1,1 @@
+"""From runs to a table: cleaned, aggregated, fitted, stored."""

@@ -1,0 +1,340 @@
+"""Per-key and per-bin figures of the accepted runs, in DuckDB SQL, out of core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import duckdb
+
+from lutest.reader.names import quantile_column
+
+__all__ = ["SAMPLE_RUNS_PER_KEY", "SAMPLE_STEPS_PER_KEY", "write_aggregates"]
+
+SAMPLE_RUNS_PER_KEY = 1000
+SAMPLE_STEPS_PER_KEY = 20_000
+
+Bins = int | Sequence[int]
+
+
+def write_aggregates(
+    connection: duckdb.DuckDBPyConnection,
+    quantiles: Sequence[float],
+    prompt_bins: Bins,
+    kv_bins: Bins,
+    upper_rank: Callable[[int], int | None],
+) -> None:
+    """Create the aggregates of ``accepted_runs``.
+
+    Parameters
+    ----------
+    connection : duckdb connection
+        Holds ``accepted_runs``.
+    quantiles : sequence of float
+        Levels, each in (0, 1).
+    prompt_bins, kv_bins : int or sequence of int
+        Number of bins of about equally many observations per key, or edges that hold for all keys.
+    upper_rank : callable
+        Sample size → rank (from 1) of the order statistic that bounds P95 from above, or None.
+
+    Notes
+    -----
+    Tables made: ``prefill``, ``prefill_bins``, ``decode`` and ``decode_bins`` (timed steps alone), ``output_length``,
+    ``quality``, ``run_sample`` and ``step_sample`` (a bounded number per key, picked by a hash of the run).
+    Means and deviations add up whole nanoseconds, so that they do not depend on the order of rows or threads.
+    """
+    _write_steps(connection)
+    _write_prefill(connection, quantiles)
+    _write_decode(connection, quantiles)
+    _write_upper_bounds(connection, upper_rank)
+    _write_bins(connection, "prefill_bins", "accepted_runs", "prompt_tokens", "prefill_ms", prompt_bins, quantiles)
+    _write_bins(connection, "decode_bins", "steps", "kv_len", "step_ms", kv_bins, quantiles)
+    _write_samples(connection)
+    _write_output_length(connection)
+    _write_quality(connection)
+
+
+def _quantile_list(value: str, quantiles: Sequence[float]) -> str:
+    """One pass for all levels, as a list; unpacked by _quantile_columns."""
+    return f"quantile_cont({value}, [{', '.join(map(repr, quantiles))}]) AS levels"
+
+
+def _quantile_columns(quantiles: Sequence[float]) -> str:
+    return ", ".join(f"levels[{i}] AS {quantile_column(q)}" for i, q in enumerate(quantiles, start=1))
+
+
+def _moments(value: str) -> str:
+    nanoseconds = f"CAST(round({value} * 1e6) AS HUGEINT)"
+    return (
+        f"CAST(sum({nanoseconds}) AS DOUBLE) AS sum_ns, "
+        f"CAST(sum({nanoseconds} * {nanoseconds}) AS DOUBLE) AS sum_square_ns"
+    )
+
+
+_STD = (
+    "CASE WHEN n_values > 1 THEN"
+    " sqrt(greatest(sum_square_ns - sum_ns * sum_ns / n_values, 0) / (n_values - 1)) / 1e6 END AS std_ms"
+)
+
+
+def _write_steps(connection: duckdb.DuckDBPyConnection) -> None:
+    # A view: steps are many, and each use streams over them.
+    connection.execute(
+        """
+        CREATE OR REPLACE VIEW steps AS
+        WITH numbered AS (
+            SELECT
+                source_id, "row", tier, top_k, num_blocks, prompt_tokens,
+                unnest(decode_steps_ms) AS step_ms,
+                unnest(coalesce(step_positions, range(1, len(decode_steps_ms) + 1)::INTEGER[])) AS position
+            FROM accepted_runs
+            WHERE timed
+        )
+        SELECT source_id, "row", tier, top_k, num_blocks, position, prompt_tokens + position AS kv_len, step_ms
+        FROM numbered
+        """
+    )
+
+
+def _write_prefill(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> None:
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TABLE prefill AS
+        WITH grouped AS (
+            SELECT
+                tier, top_k, num_blocks,
+                count(*) AS n_values,
+                {_quantile_list("prefill_ms", quantiles)},
+                {_moments("prefill_ms")},
+                min(prefill_ms) AS min_ms,
+                max(prefill_ms) AS max_ms,
+                quantile_disc(prompt_tokens, 0.5) AS prompt_tokens_p50,
+                min(prompt_tokens) AS prompt_tokens_min,
+                max(prompt_tokens) AS prompt_tokens_max
+            FROM accepted_runs
+            GROUP BY tier, top_k, num_blocks
+        )
+        SELECT
+            tier, top_k, num_blocks, n_values AS n, {_quantile_columns(quantiles)}, NULL::DOUBLE AS p95_upper_ms,
+            sum_ns / n_values / 1e6 AS mean_ms, {_STD}, min_ms, max_ms,
+            prompt_tokens_p50, prompt_tokens_min, prompt_tokens_max
+        FROM grouped
+        """
+    )
+
+
+def _write_decode(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> None:
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TABLE decode AS
+        WITH of_runs AS (
+            SELECT
+                tier, top_k, num_blocks,
+                count(*) AS n,
+                CAST(sum(output_tokens - 1) AS BIGINT) AS n_steps,
+                count(*) FILTER (clamped) AS n_clamped,
+                count(*) FILTER (timed) AS n_timed,
+                CAST(sum(CAST(round(decode_ms * 1e6) AS HUGEINT)) AS DOUBLE)
+                    / sum(output_tokens - 1) / 1e6 AS of_totals_ms
+            FROM accepted_runs
+            WHERE output_tokens >= 2
+            GROUP BY tier, top_k, num_blocks
+        ),
+        of_steps AS (
+            SELECT
+                tier, top_k, num_blocks,
+                count(*) AS n_values,
+                {_quantile_list("step_ms", quantiles)},
+                {_moments("step_ms")}
+            FROM steps
+            GROUP BY tier, top_k, num_blocks
+        )
+        SELECT
+            tier, top_k, num_blocks, n, n_steps, n_clamped, {_quantile_columns(quantiles)},
+            NULL::DOUBLE AS p95_upper_ms,
+            coalesce(sum_ns / n_values / 1e6, of_totals_ms) AS mean_ms, {_STD},
+            CASE WHEN n_timed > 0 THEN 'timed' ELSE 'totals' END AS steps,
+            n_timed
+        FROM of_runs LEFT JOIN of_steps USING (tier, top_k, num_blocks)
+        """
+    )
+
+
+def _write_upper_bounds(connection: duckdb.DuckDBPyConnection, upper_rank: Callable[[int], int | None]) -> None:
+    # Steps of one run are not independent, so their bound has the rank that as many runs would give.
+    for table, count, relation, value in (
+        ("prefill", "n", "accepted_runs", "prefill_ms"),
+        ("decode", "n_timed", "steps", "step_ms"),
+    ):
+        sizes = connection.execute(f"SELECT DISTINCT {count} FROM {table} ORDER BY 1").fetchall()
+        ranks = [(n, rank) for (n,) in sizes if (rank := upper_rank(n)) is not None]
+        if not ranks:
+            continue
+        connection.execute("CREATE OR REPLACE TEMP TABLE upper_ranks (size BIGINT, rank BIGINT)")
+        connection.executemany("INSERT INTO upper_ranks VALUES (?, ?)", ranks)
+        connection.execute(
+            f"""
+            UPDATE {table} AS target
+            SET p95_upper_ms = bound.value
+            FROM (
+                WITH wanted AS (
+                    SELECT tier, top_k, num_blocks, rank / size AS level, p95_ms
+                    FROM {table} JOIN upper_ranks ON upper_ranks.size = {table}.{count}
+                ),
+                sizes AS (
+                    SELECT tier, top_k, num_blocks, count(*) AS n_values
+                    FROM {relation}
+                    GROUP BY tier, top_k, num_blocks
+                ),
+                tail AS (
+                    SELECT
+                        tier, top_k, num_blocks, level, {value} AS value,
+                        row_number() OVER (PARTITION BY tier, top_k, num_blocks ORDER BY {value} DESC) AS from_top
+                    FROM {relation} JOIN wanted USING (tier, top_k, num_blocks)
+                    WHERE {value} >= p95_ms
+                )
+                SELECT tier, top_k, num_blocks, min(value) AS value
+                FROM tail JOIN sizes USING (tier, top_k, num_blocks)
+                WHERE from_top <= n_values - ceil(level * n_values - 1e-9) + 1
+                GROUP BY tier, top_k, num_blocks
+            ) AS bound
+            WHERE bound.tier = target.tier AND bound.top_k = target.top_k AND bound.num_blocks = target.num_blocks
+            """
+        )
+
+
+def _write_bins(
+    connection: duckdb.DuckDBPyConnection,
+    table: str,
+    relation: str,
+    place: str,
+    value: str,
+    bins: Bins,
+    quantiles: Sequence[float],
+) -> None:
+    if isinstance(bins, int):
+        bin_number = (
+            f"least(floor((sum(n) OVER upto - n / 2.0) * {bins} / sum(n) OVER (PARTITION BY tier, top_k, num_blocks)),"
+            f" {bins - 1})"
+        )
+    else:
+        bin_number = " + ".join(f"CAST({place} >= {edge} AS INTEGER)" for edge in bins)
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TABLE {table} AS
+        WITH places AS (
+            SELECT tier, top_k, num_blocks, {place}, count(*) AS n
+            FROM {relation}
+            GROUP BY tier, top_k, num_blocks, {place}
+        ),
+        numbered AS (
+            SELECT tier, top_k, num_blocks, {place}, CAST({bin_number} AS BIGINT) AS bin
+            FROM places
+            WINDOW upto AS (PARTITION BY tier, top_k, num_blocks ORDER BY {place})
+        ),
+        grouped AS (
+            SELECT
+                tier, top_k, num_blocks, bin,
+                count(*) AS n,
+                count(DISTINCT (source_id, "row")) AS n_runs,
+                min({place}) AS least_{place},
+                max({place}) AS largest_{place},
+                CAST(sum({place}) AS DOUBLE) / count(*) AS mean_{place},
+                {_quantile_list(value, quantiles)}
+            FROM {relation} JOIN numbered USING (tier, top_k, num_blocks, {place})
+            GROUP BY tier, top_k, num_blocks, bin
+        )
+        SELECT
+            tier, top_k, num_blocks, bin, least_{place}, largest_{place}, mean_{place}, n, n_runs,
+            {_quantile_columns(quantiles)}
+        FROM grouped
+        ORDER BY tier, top_k, num_blocks, bin
+        """
+    )
+
+
+def _write_samples(connection: duckdb.DuckDBPyConnection) -> None:
+    # Runs are picked by a hash of what they are, not of how long they took: so the order of the input does not
+    # matter, nor the unit of time. Equal ones are told apart by the order of their times.
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TABLE run_sample AS
+        WITH alike AS (
+            SELECT
+                source_id, "row",
+                row_number() OVER (
+                    PARTITION BY tier, top_k, num_blocks, prompt_tokens, output_tokens
+                    ORDER BY prefill_ms, decode_ms, total_ms, run_hash
+                ) AS place
+            FROM accepted_runs
+        ),
+        hashed AS (
+            SELECT
+                source_id, "row", tier, top_k, num_blocks,
+                md5(concat_ws('|', tier, top_k, num_blocks, prompt_tokens, output_tokens, place)) AS run_hash,
+                workload, prompt_tokens, output_tokens, prefill_ms, decode_ms, total_ms, total_given, timed, clamped
+            FROM accepted_runs JOIN alike USING (source_id, "row")
+        )
+        SELECT *
+        FROM hashed
+        QUALIFY row_number() OVER (PARTITION BY tier, top_k, num_blocks ORDER BY run_hash) <= {SAMPLE_RUNS_PER_KEY}
+        ORDER BY tier, top_k, num_blocks, run_hash
+        """
+    )
+    # Whole runs, so that what the steps of a run have in common can be told.
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TABLE step_sample AS
+        WITH chosen AS (
+            SELECT source_id, "row", run_hash
+            FROM run_sample
+            WHERE timed
+            QUALIFY sum(output_tokens - 1) OVER (PARTITION BY tier, top_k, num_blocks ORDER BY run_hash)
+                    - (output_tokens - 1) < {SAMPLE_STEPS_PER_KEY}
+        )
+        SELECT tier, top_k, num_blocks, run_hash, position, kv_len, step_ms
+        FROM steps JOIN chosen USING (source_id, "row")
+        ORDER BY tier, top_k, num_blocks, run_hash, position
+        """
+    )
+
+
+def _write_output_length(connection: duckdb.DuckDBPyConnection) -> None:
+    connection.execute(
+        """
+        CREATE OR REPLACE TABLE output_length AS
+        SELECT workload, output_tokens, count(*) AS n
+        FROM accepted_runs
+        GROUP BY workload, output_tokens
+        """
+    )
+
+
+def _write_quality(connection: duckdb.DuckDBPyConnection) -> None:
+    # Normal interval for a mean; accuracies are few-valued, and a key has tens of runs at least where it matters.
+    connection.execute(
+        """
+        CREATE OR REPLACE TABLE quality AS
+        WITH grouped AS (
+            SELECT
+                tier, top_k, num_blocks, workload,
+                count(*) AS n,
+                CAST(sum(CAST(round(accuracy * 1e9) AS HUGEINT)) AS DOUBLE) / count(*) / 1e9 AS accuracy,
+                CAST(sum(CAST(round(accuracy * accuracy * 1e9) AS HUGEINT)) AS DOUBLE) / count(*) / 1e9 AS mean_square
+            FROM accepted_runs
+            WHERE accuracy IS NOT NULL
+            GROUP BY tier, top_k, num_blocks, workload
+        ),
+        spread AS (
+            SELECT
+                *,
+                CASE
+                    WHEN n > 1 THEN 1.959964 * sqrt(greatest(mean_square - accuracy * accuracy, 0) / (n - 1))
+                END AS half
+            FROM grouped
+        )
+        SELECT
+            tier, top_k, num_blocks, workload, n, accuracy,
+            accuracy - half AS accuracy_lower, accuracy + half AS accuracy_upper
+        FROM spread
+        """
+    )

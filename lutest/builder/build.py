@@ -1,0 +1,291 @@
+"""Building a table: the stages from sources to the stored file, composed."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+
+from lutest.builder.aggregate import write_aggregates
+from lutest.builder.clean import write_accepted_runs
+from lutest.builder.fit import FitInput, fit, upper_rank
+from lutest.reader.errors import BuildError, ConfigError
+from lutest.reader.file import read_figures
+from lutest.reader.names import SCHEMA_VERSION
+from lutest.runs.configuration import DEFAULT_CONFIG, BuildConfig, load_config, parse_config
+from lutest.runs.sources import Source, printable
+from lutest.runs.work import read_runs, work_database
+from lutest.tablefile.store import locked, temporary_path, write_table
+
+__all__ = ["BuildSummary", "SourceSummary", "build"]
+
+# what DuckDB raises when its work database cannot grow, or could not just before
+_NO_ROOM = (duckdb.IOException, duckdb.OutOfMemoryException, duckdb.TransactionException, duckdb.FatalException)
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """What became of the runs of one source."""
+
+    path: str
+    rows_read: int
+    rows_used: int
+    rows_rejected: int
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """What a build did.
+
+    Attributes
+    ----------
+    output : Path
+        The table.
+    content_hash : str
+        Hash of its logical rows.
+    sources : tuple of SourceSummary
+        Runs read, used and rejected, per source.
+    rejected : dict
+        Reason → number of runs.
+    n_clamped : int
+        Runs used whose decode was clamped at zero.
+    n_kept_beyond_fences : int
+        Runs beyond the outlier fences that were kept, for they are more than 5 % of all: a tail, not outliers.
+    fit_seconds, seconds : float
+        How long fitting, and all of it, took.
+    """
+
+    output: Path
+    content_hash: str
+    sources: tuple[SourceSummary, ...]
+    rejected: dict[str, int]
+    n_clamped: int
+    n_kept_beyond_fences: int
+    fit_seconds: float
+    seconds: float
+
+
+def build(
+    config: str | os.PathLike[str] | Mapping[str, object] | BuildConfig = DEFAULT_CONFIG,
+    *,
+    runs: Source | Sequence[Source] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> BuildSummary:
+    """Build a latency table from profiled runs.
+
+    Parameters
+    ----------
+    config : path, mapping or BuildConfig
+        A ``build.yaml``, or its content. Paths in it are relative to its folder.
+    runs : path, DataFrame, or sequence of them, optional
+        Sources instead of those of the configuration; paths are relative to the current folder.
+    output : path, optional
+        Where to write instead of the configuration's ``output``; relative to the current folder.
+    progress : callable, optional
+        Called with (what, done, total) now and then.
+
+    Returns
+    -------
+    BuildSummary
+        Runs read, used and rejected per source, and the content hash of the table.
+
+    Raises
+    ------
+    LutestError
+        A source cannot be read, an option is not valid, no run is left, or the table cannot be written. A table
+        that stood at the output is then unchanged.
+    """
+    started = time.perf_counter()
+    settings = _settings(config, runs is not None)
+    target = Path(output) if output is not None else settings.output_path
+    if output is None and not settings.output:
+        raise ConfigError("no output: give `output` in the configuration, or as an argument")
+    given, base = (settings.sources, settings.base) if runs is None else (_listed(runs), Path())
+    with locked(target) as replaced, work_database(temporary_path(replaced)) as connection:
+        try:
+            read_runs(connection, given, settings, base, progress)
+            n_kept = write_accepted_runs(connection, settings.cleaning.outliers, settings.cleaning.k)
+            _require_runs(connection)
+            write_aggregates(connection, settings.quantiles, settings.prompt_bins, settings.kv_bins, upper_rank)
+            fit_started = time.perf_counter()
+            _fit(connection, settings.quantiles)
+            fit_seconds = time.perf_counter() - fit_started
+            _write_accounts(connection)
+        except _NO_ROOM as error:
+            raise BuildError(f"{target}: the build ran out of room: {str(error).splitlines()[0]}") from error
+        meta = _meta(connection, settings, fit_seconds)
+        digest = write_table(connection, replaced, _RELATIONS, settings.quantiles, meta, read_figures)
+        return _summary(connection, target, digest, n_kept, fit_seconds, time.perf_counter() - started)
+
+
+def _settings(config: str | os.PathLike[str] | Mapping[str, object] | BuildConfig, has_runs: bool) -> BuildConfig:
+    if isinstance(config, BuildConfig):
+        return config
+    if isinstance(config, Mapping):
+        return parse_config(config)
+    if has_runs and Path(config) == DEFAULT_CONFIG:
+        return BuildConfig()
+    return load_config(config)
+
+
+def _listed(runs: Source | Sequence[Source]) -> Sequence[Source]:
+    return [runs] if isinstance(runs, str | os.PathLike | pd.DataFrame) else runs
+
+
+def _require_runs(connection: duckdb.DuckDBPyConnection) -> None:
+    if connection.execute("SELECT 1 FROM accepted_runs LIMIT 1").fetchone():
+        return
+    worst = connection.execute(
+        """
+        SELECT reason, count(*) AS n, min((source_id, "row", path, detail)) AS example
+        FROM rejections JOIN source_files USING (source_id)
+        GROUP BY reason
+        ORDER BY n DESC, reason
+        LIMIT 1
+        """
+    ).fetchone()
+    if worst is None:
+        empty = [path for (path,) in connection.execute("SELECT path FROM source_files ORDER BY path").fetchall()]
+        more = f", nor do {len(empty) - 1} more sources" if len(empty) > 1 else ""
+        raise BuildError(f"{printable(empty[0])} holds no runs{more}")
+    reason, n, (_, row, path, detail) = worst
+    where = f"{printable(path)}, row {row}"
+    raise BuildError(f"no run is left to build on; {n} were rejected as {reason}, such as {where}: {detail}")
+
+
+_FITTED = ("decode", "prefill_curve", "decode_curve", "decode_total", "total")
+_RELATIONS = {
+    "prefill": "prefill",
+    "prefill_bins": "prefill_bins",
+    "decode_bins": "decode_bins",
+    **{name: f"fitted_{name}" for name in _FITTED},
+    "output_length": "output_length",
+    "quality": "quality",
+    "sources": "sources",
+    "rejected_runs": "rejected_runs",
+}
+
+
+def _fit(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> None:
+    def table(name: str) -> pd.DataFrame:
+        return connection.execute(f"SELECT * FROM {name} ORDER BY ALL").df()
+
+    outliers = connection.execute("SELECT count(*) FROM rejections WHERE reason = 'outlier'").fetchone()
+    accepted = connection.execute("SELECT count(*) FROM accepted_runs").fetchone()
+    assert outliers is not None
+    assert accepted is not None
+    fitted = fit(
+        FitInput(
+            quantiles=quantiles,
+            prefill=table("prefill"),
+            decode=table("decode"),
+            run_sample=table("run_sample"),
+            step_sample=table("step_sample"),
+            outlier_share=outliers[0] / (outliers[0] + accepted[0]),
+        )
+    )
+    # A mean of 0 says that every run of the key was clamped, and nothing else of its steps.
+    fitted.decode["mean_ms"] = fitted.decode["mean_ms"].where(fitted.decode["mean_ms"] > 0, fitted.decode["p50_ms"])
+    for name in _FITTED:
+        frame = getattr(fitted, name)
+        connection.register("fitted_frame", frame)
+        connection.execute(f"CREATE OR REPLACE TABLE fitted_{name} AS SELECT * FROM fitted_frame")
+        connection.unregister("fitted_frame")
+
+
+def _write_accounts(connection: duckdb.DuckDBPyConnection) -> None:
+    connection.execute(
+        """
+        CREATE OR REPLACE TABLE sources AS
+        WITH rejected AS (
+            SELECT source_id, count(*) AS rows_rejected FROM rejections GROUP BY source_id
+        ),
+        used AS (
+            SELECT source_id, count(*) AS rows_used FROM accepted_runs GROUP BY source_id
+        )
+        SELECT
+            source_id, path, sha256, rows_read,
+            coalesce(rows_used, 0) AS rows_used,
+            coalesce(rows_rejected, 0) AS rows_rejected
+        FROM source_files LEFT JOIN rejected USING (source_id) LEFT JOIN used USING (source_id)
+        """
+    )
+    connection.execute(
+        """
+        CREATE OR REPLACE VIEW rejected_runs AS
+        SELECT
+            rejections.source_id, rejections."row", rejections.reason, rejections.detail,
+            tier, top_k, num_blocks, workload, prompt_tokens, output_tokens, prefill_ms, decode_ms, total_ms
+        FROM rejections JOIN runs USING (source_id, "row")
+        """
+    )
+    lost = connection.execute(
+        "SELECT path, rows_read, rows_used, rows_rejected FROM sources WHERE rows_read <> rows_used + rows_rejected"
+    ).fetchone()
+    if lost is not None:
+        raise BuildError(
+            f"{lost[0]}: {lost[1]} runs read, {lost[2]} used and {lost[3]} rejected: this is a bug in lutest"
+        )
+
+
+def _meta(connection: duckdb.DuckDBPyConnection, settings: BuildConfig, fit_seconds: float) -> dict[str, str]:
+    from lutest.reader import __version__
+
+    def distinct(column: str) -> str:
+        rows = connection.execute(
+            f"SELECT DISTINCT {column} FROM accepted_runs WHERE {column} IS NOT NULL ORDER BY 1 LIMIT 20"
+        ).fetchall()
+        return json.dumps([value for (value,) in rows])
+
+    described = dataclasses.asdict(settings)
+    described["base"] = str(settings.base)
+    return {
+        "schema_version": str(SCHEMA_VERSION),
+        "lutest_version": __version__,
+        "duckdb_version": duckdb.__version__,
+        "built_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "quantiles": json.dumps(list(settings.quantiles)),
+        "device": distinct("device"),
+        "model": distinct("model"),
+        "build_config": json.dumps(described),
+        "fit_seconds": f"{fit_seconds:.3f}",
+    }
+
+
+def _summary(
+    connection: duckdb.DuckDBPyConnection,
+    target: Path,
+    digest: str,
+    n_kept: int,
+    fit_seconds: float,
+    seconds: float,
+) -> BuildSummary:
+    accounts = connection.execute(
+        "SELECT path, rows_read, rows_used, rows_rejected FROM sources ORDER BY path"
+    ).fetchall()
+    reasons = connection.execute(
+        "SELECT reason, count(*) AS n FROM rejections GROUP BY reason ORDER BY n DESC, reason"
+    ).fetchall()
+    clamped = connection.execute("SELECT count(*) FROM accepted_runs WHERE clamped").fetchone()
+    assert clamped is not None
+    return BuildSummary(
+        output=target,
+        content_hash=digest,
+        sources=tuple(SourceSummary(*row) for row in accounts),
+        rejected=dict(reasons),
+        n_clamped=clamped[0],
+        n_kept_beyond_fences=n_kept,
+        fit_seconds=fit_seconds,
+        seconds=seconds,
+    )

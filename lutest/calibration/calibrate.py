@@ -1,0 +1,173 @@
+"""Carrying a table to another device, or another state of the same one, with few runs."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import duckdb
+
+from lutest.builder.matched_runs import match_runs
+from lutest.calibration.calibrated_rows import write_calibrated_rows
+from lutest.calibration.maps import KeyMaps
+from lutest.calibration.online import OnlineCalibrator
+from lutest.calibration.paired_runs import MOST_RUNS, pair_runs, pair_steps
+from lutest.calibration.table_maps import StageCalibration, fit_maps
+from lutest.reader.errors import ArgumentError
+from lutest.reader.figures import Key
+from lutest.reader.file import read_figures
+from lutest.reader.loading import load
+from lutest.reader.table import LatencyTable
+from lutest.runs.configuration import BuildConfig
+from lutest.runs.sources import Source
+from lutest.runs.work import work_database
+from lutest.tablefile.store import locked, temporary_path, write_table
+
+__all__ = ["Calibration", "StageCalibration", "calibrate"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` did.
+
+    Attributes
+    ----------
+    output : Path
+        The new table.
+    content_hash, parent_content_hash : str
+        Of the new table, and of the one that it came from.
+    n_runs : int
+        Runs taken; 0 where the correction of an `OnlineCalibrator` was written.
+    left_out : dict
+        Why other runs were not taken → how many.
+    prefill, decode : StageCalibration or None
+        None for a stage that no run says anything of: it stays as it was.
+    """
+
+    output: Path
+    content_hash: str
+    parent_content_hash: str
+    n_runs: int
+    left_out: dict[str, int]
+    prefill: StageCalibration | None
+    decode: StageCalibration | None
+
+
+def calibrate(
+    table: str | os.PathLike[str],
+    runs: Source | Sequence[Source] | OnlineCalibrator,
+    output: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | Mapping[str, object] | BuildConfig | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Carry a table to another device, or another state of the same one, with few runs.
+
+    Parameters
+    ----------
+    table : path
+        The table to start from; its file is read, and stays as it is.
+    runs : path, DataFrame, sequence of them, or OnlineCalibrator
+        Runs of the new device: 10 to 100, best of configurations and prompt lengths that `lutest.plan` proposes.
+        Or a calibrator of this table, whose correction is written.
+    output : path
+        The new table. Its rows say ``calibrated``; the old table's rows are in its schema ``parent``.
+    config : path, mapping or BuildConfig, optional
+        Where `columns` and `time_unit` are taken from, when the sources have field names or units of their own.
+    progress : callable, optional
+        Called with (what, done, total) now and then.
+
+    Returns
+    -------
+    Calibration
+
+    Raises
+    ------
+    LutestError
+        The table or a source cannot be read, no run is left, or the new table cannot be written.
+
+    Notes
+    -----
+    Per stage, a P50 of t becomes ``max(scale · t + offset, least)``. Configurations share what runs do not tell apart,
+    so ten runs end in one scale and many in a scale of each; see `lutest.calibrate.stage_fit`. The other quantiles
+    are re-calibrated on runs that the map did not see; see `lutest.calibrate.spread_fit`.
+    """
+    parent = Path(table)
+    held = load(parent, verify=True)
+    target = Path(output)
+    with locked(target) as replaced, work_database(temporary_path(replaced)) as connection:
+        if isinstance(runs, OnlineCalibrator):
+            _require_same(runs, held)
+            left_out: dict[str, int] = {}
+            maps, n_runs = runs.maps(), 0
+            sources: list[dict[str, object]] = []
+            prefill, decode = None, None
+            meta: dict[str, str] = {}
+        else:
+            left_out = match_runs(connection, held, runs, config, progress)
+            pairs = pair_runs(connection, held)
+            maps, prefill, decode = fit_maps(held.figures, *pairs, pair_steps(connection, held))
+            n_runs = len(pairs[0].key_id)
+            left_out |= _picked(connection, n_runs)
+            sources = _sources(connection)
+            meta = {name: _distinct(connection, name) for name in ("device", "model")}
+        relations = write_calibrated_rows(connection, parent, held.figures, maps)
+        kept = {name: value for name, value in held.meta.items() if name != "content_hash"}
+        meta = {**kept, **meta, **_meta(held, maps, n_runs, sources)}
+        digest = write_table(connection, replaced, relations, held.quantiles, meta, read_figures, parent)
+    return Calibration(target, digest, held.meta["content_hash"], n_runs, left_out, prefill, decode)
+
+
+def _require_same(calibrator: OnlineCalibrator, table: LatencyTable) -> None:
+    given, found = calibrator.table.meta.get("content_hash"), table.meta["content_hash"]
+    if given != found:
+        raise ArgumentError(
+            f"the calibrator corrects the table with content hash {given}, but {table.path} has {found}"
+        )
+
+
+def _picked(connection: duckdb.DuckDBPyConnection, n_runs: int) -> dict[str, int]:
+    row = connection.execute("SELECT count(*) FROM matched_runs").fetchone()
+    assert row is not None
+    more = row[0] - n_runs
+    return {f"beyond the {MOST_RUNS} runs that are taken": more} if more else {}
+
+
+def _sources(connection: duckdb.DuckDBPyConnection) -> list[dict[str, object]]:
+    rows = connection.execute(
+        """
+        SELECT sha256, rows_read, count(key_id) AS rows_used
+        FROM source_files LEFT JOIN paired_runs USING (source_id)
+        GROUP BY source_id, sha256, rows_read
+        ORDER BY sha256, rows_read, rows_used
+        """
+    ).fetchall()
+    return [dict(zip(("sha256", "rows_read", "rows_used"), row, strict=True)) for row in rows]
+
+
+def _distinct(connection: duckdb.DuckDBPyConnection, column: str) -> str:
+    rows = connection.execute(
+        f"SELECT DISTINCT {column} FROM paired_runs WHERE {column} IS NOT NULL ORDER BY 1 LIMIT 20"
+    ).fetchall()
+    return json.dumps([value for (value,) in rows])
+
+
+def _meta(
+    table: LatencyTable, maps: Mapping[Key, KeyMaps], n_runs: int, sources: list[dict[str, object]]
+) -> dict[str, str]:
+    from lutest.reader import __version__
+
+    return {
+        "lutest_version": __version__,
+        "duckdb_version": duckdb.__version__,
+        "built_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "parent_content_hash": table.meta["content_hash"],
+        "calibration": json.dumps({"n_runs": n_runs, "runs": sources}),
+        "calibration_maps": json.dumps([{**key._asdict(), **asdict(held)} for key, held in maps.items()]),
+    }

@@ -1,0 +1,214 @@
+"""Whether a table still holds: exceedance tests of its quantiles, at a stated rate of false alarms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp, lgamma
+from typing import Any
+
+from lutest.reader.errors import ArgumentError
+from lutest.reader.figures import Key
+
+__all__ = ["DRIFT_TOLERANCE", "Coverage", "Drift", "DriftTest", "exceedance_tail", "judge_drift", "tolerated_factors"]
+
+DRIFT_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What was observed of one stage, against what the table says.
+
+    Attributes
+    ----------
+    stage : str
+        ``prefill``, ``decode`` or ``total``.
+    key : Key or None
+        The configuration; None for all together.
+    n, n_table : int
+        Runs that were observed, and runs behind what the table says.
+    n_above : dict
+        Quantile → how many of the runs lie above what would still be tolerated as slower, and above what would still
+        be tolerated as faster.
+    n_within : dict
+        Quantile → how many lie at or below it.
+    ratio : float
+        Median of observed over predicted P50.
+    """
+
+    stage: str
+    key: Key | None
+    n: int
+    n_table: int
+    n_above: dict[float, tuple[int, int]]
+    n_within: dict[float, int]
+    ratio: float
+
+
+@dataclass(frozen=True)
+class DriftTest:
+    """One quantile of one stage, put to the test.
+
+    Attributes
+    ----------
+    coverage : Coverage
+        What was observed.
+    q : float
+        The quantile.
+    share_within : float
+        Share of the runs at or below it; `q` is expected.
+    p_value : float
+        Probability of a share as far off if nothing has changed.
+    adjusted : float
+        The same, adjusted for the number of tests (Holm): to be held against the false-alarm rate.
+    """
+
+    coverage: Coverage
+    q: float
+    share_within: float
+    p_value: float
+    adjusted: float
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Whether a table still holds.
+
+    Attributes
+    ----------
+    false_alarm_rate : float
+        Probability of at least one alarm though nothing has changed, for runs that are independent of each other.
+    tests : tuple of DriftTest
+        Stage by stage, all configurations together first.
+    """
+
+    false_alarm_rate: float
+    tests: tuple[DriftTest, ...]
+
+    @property
+    def alarms(self) -> tuple[DriftTest, ...]:
+        """The tests that say that the table does not hold."""
+        return tuple(test for test in self.tests if test.adjusted <= self.false_alarm_rate)
+
+    @property
+    def holds(self) -> bool:
+        """No test speaks against the table."""
+        return not self.alarms
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON."""
+        return {
+            "holds": self.holds,
+            "false_alarm_rate": self.false_alarm_rate,
+            "tests": [
+                {
+                    "stage": test.coverage.stage,
+                    **({} if test.coverage.key is None else test.coverage.key._asdict()),
+                    "n": test.coverage.n,
+                    "ratio": test.coverage.ratio,
+                    "q": test.q,
+                    "share_within": test.share_within,
+                    "p_value": test.p_value,
+                    "adjusted_p_value": test.adjusted,
+                    "alarm": test.adjusted <= self.false_alarm_rate,
+                }
+                for test in self.tests
+            ],
+        }
+
+
+def tolerated_factors(tolerance: float) -> tuple[float, float]:
+    """What a quantile is multiplied by to be tolerated as slower, and as faster.
+
+    Raises
+    ------
+    ArgumentError
+        Not from 0 to below 0.5.
+    """
+    if not (isinstance(tolerance, (int, float)) and 0.0 <= tolerance < 0.5):
+        raise ArgumentError(f"tolerance is {tolerance!r}; allowed: 0 or more and below 0.5")
+    return 1.0 + tolerance, 1.0 / (1.0 + tolerance)
+
+
+def judge_drift(coverages: Sequence[Coverage], false_alarm_rate: float) -> Drift:
+    """Put every quantile of every stage to the test.
+
+    Parameters
+    ----------
+    coverages : sequence of Coverage
+        One or more runs each.
+    false_alarm_rate : float
+        Above 0 and below 0.5. Half of it goes to the stages as a whole, half to the configurations; among each, the
+        p-values are adjusted by Holm's method, which holds however the tests depend on each other.
+
+    Raises
+    ------
+    ArgumentError
+
+    References
+    ----------
+    S. Holm (1979), A simple sequentially rejective multiple test procedure, Scand. J. Stat. 6.
+    """
+    if not (isinstance(false_alarm_rate, (int, float)) and 0.0 < false_alarm_rate < 0.5):
+        raise ArgumentError(f"false_alarm_rate is {false_alarm_rate!r}; allowed: above 0 and below 0.5")
+    tests = [
+        (held, q, held.n_within[q] / held.n, _p_value(above, held, q))
+        for held in coverages
+        for q, above in held.n_above.items()
+    ]
+    adjusted: dict[int, float] = {}
+    for whole in (True, False):
+        family = [place for place, (held, *_) in enumerate(tests) if (held.key is None) == whole]
+        families = 2 if any((held.key is None) != whole for held, *_ in tests) else 1
+        largest = 0.0
+        for rank, place in enumerate(sorted(family, key=lambda place: tests[place][3])):
+            largest = max(largest, min(1.0, families * (len(family) - rank) * tests[place][3]))
+            adjusted[place] = largest
+    judged = [DriftTest(*test, adjusted[place]) for place, test in enumerate(tests)]
+    return Drift(float(false_alarm_rate), tuple(judged))
+
+
+def _p_value(above: tuple[int, int], held: Coverage, q: float) -> float:
+    """Of both directions; a drift within the tolerance makes it large in either."""
+    slower = exceedance_tail(above[0], held.n, held.n_table, q, upwards=True)
+    faster = exceedance_tail(above[1], held.n, held.n_table, q, upwards=False)
+    return min(1.0, 2.0 * min(slower, faster))
+
+
+def exceedance_tail(n_above: int, n: int, n_table: int, q: float, *, upwards: bool) -> float:
+    """Probability that as many or more (not `upwards`: as few or fewer) of `n` runs lie above a quantile of `n_table`.
+
+    Were the quantile the order statistic of rank q (n_table + 1), the number above it would be beta-binomial whatever
+    the distribution of the runs is: the quantile is itself uncertain, and that is part of the test.
+
+    References
+    ----------
+    N. Balakrishnan and H. K. T. Ng, Precedence-Type Tests and Applications (2006), chapter 3.
+    """
+    a, b = (n_table + 1) * (1.0 - q), (n_table + 1) * q
+    if upwards != (n_above >= n * a / (a + b)):  # the long tail: by the short one
+        beside = n_above - 1 if upwards else n_above + 1
+        return 1.0 if not 0 <= beside <= n else 1.0 - _short_tail(beside, n, a, b, not upwards)
+    return _short_tail(n_above, n, a, b, upwards)
+
+
+def _short_tail(k: int, n: int, a: float, b: float, upwards: bool) -> float:
+    """Probability of k and what lies beyond it, away from the middle."""
+    last = n if upwards else 0
+    term = _beta_binomial(k, n, a, b)
+    tail = 0.0
+    while True:
+        tail += term
+        if k == last or term < 1e-17 * tail:
+            return min(1.0, tail)
+        if upwards:
+            term *= (n - k) * (k + a) / ((k + 1) * (n - k - 1 + b))
+            k += 1
+        else:
+            term *= k * (n - k + b) / ((n - k + 1) * (k - 1 + a))
+            k -= 1
+
+
+def _beta_binomial(k: int, n: int, a: float, b: float) -> float:
+    choose = lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
+    return exp(choose + lgamma(k + a) + lgamma(n - k + b) - lgamma(n + a + b) - lgamma(a) - lgamma(b) + lgamma(a + b))

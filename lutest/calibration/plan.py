@@ -1,0 +1,146 @@
+"""Which runs to take next: configurations and prompt lengths that leave a calibration the least uncertain."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lutest.calibration.key_similarity import key_places, similarities
+from lutest.reader.arguments import whole_number
+from lutest.reader.curves import key_pieces, value_at
+from lutest.reader.errors import ArgumentError
+from lutest.reader.figures import Figures, Key
+from lutest.reader.loading import load
+from lutest.reader.table import LatencyTable
+
+__all__ = ["Plan", "PlannedRun", "plan"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+MOST_RUNS = 10_000
+# What a change of device is taken to do before any run is seen: variances in units of a run's. Most is shared by all,
+# much along tiers and numbers, little belongs to one configuration; the shape of the curve moves as well.
+_LEVEL = 1e3
+_STRENGTHS = {"tier": 30.0, "top_k": 30.0, "num_blocks": 30.0, "neighbours": 10.0, "configuration": 3.0}
+_SHAPE = 30.0
+_RANDOM_DRAWS = 100
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run to take.
+
+    Attributes
+    ----------
+    key : Key
+        Its configuration.
+    prompt_tokens : int
+        Its prompt length.
+    """
+
+    key: Key
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Runs to take, the most telling first.
+
+    Attributes
+    ----------
+    runs : tuple of PlannedRun
+        A configuration may come more than once.
+    deviation, random_deviation : float
+        Root mean square standard deviation of the logarithm of P50 over all configurations and prompts that the table
+        was measured at, after these runs, and after as many at random; in units of that of a single run.
+    """
+
+    runs: tuple[PlannedRun, ...]
+    deviation: float
+    random_deviation: float
+
+
+def plan(table: LatencyTable | str | os.PathLike[str], n: int) -> Plan:
+    """Propose runs for `lutest.calibrate`.
+
+    Runs are picked one after the other, each the one that lowers the mean variance of prefill over the whole table
+    most (an I-optimal design of the Gaussian process that calibration fits, with strengths assumed instead of chosen).
+
+    Parameters
+    ----------
+    table : LatencyTable or path
+        The table to calibrate.
+    n : int
+        How many runs.
+
+    Raises
+    ------
+    ArgumentError, TableError
+
+    References
+    ----------
+    V. V. Fedorov, Theory of Optimal Experiments (1972), chapter 2; greedy: A. Krause, A. Singh and C. Guestrin (2008),
+    Near-optimal sensor placements in Gaussian processes, J. Mach. Learn. Res. 9.
+    """
+    count = whole_number("n", n, 1)
+    if count > MOST_RUNS:
+        raise ArgumentError(f"n is {n!r}; allowed: up to {MOST_RUNS:,}")
+    held = table if isinstance(table, LatencyTable) else load(table)
+    figures = held.figures
+    key_id, prompts = _candidates(figures)
+    covariance = _covariance(figures, key_id, prompts)
+    picked, deviation = _greedy(covariance, count)
+    chance = np.random.default_rng(0)
+    draws = [chance.integers(len(key_id), size=count) for _ in range(_RANDOM_DRAWS)]
+    at_random = float(np.sqrt(np.mean([_mean_variance(covariance, draw) for draw in draws])))
+    runs = tuple(PlannedRun(figures.keys[key_id[place]].key, int(prompts[place])) for place in picked)
+    return Plan(runs, deviation, at_random)
+
+
+def _candidates(figures: Figures) -> tuple[Ints, Ints]:
+    """Configurations and prompt lengths to choose among: the shortest, a typical and the longest one measured."""
+    pairs = []
+    for number, held in enumerate(figures.keys):
+        curve = held.prefill_curve
+        known = [x for x, source in zip(curve.at, curve.source, strict=True) if source != "extrapolated"] or curve.at
+        pairs += [(number, x) for x in sorted({known[0], held.prompt_tokens_p50, known[-1]})]
+    columns = np.array(pairs, dtype=np.int64).T
+    return columns[0], columns[1]
+
+
+def _covariance(figures: Figures, key_id: Ints, prompts: Ints) -> Floats:
+    """Prior covariance of log(new P50 / old P50) of the candidates."""
+    places = key_places([held.key for held in figures.keys]).of(key_id)
+    parts = similarities(places, places)
+    median = figures.quantiles.index(0.5)
+    curves = [key_pieces(held, median).prefill for held in figures.keys]
+    p50_ms = np.array([value_at(curves[k], median, int(x)) for k, x in zip(key_id, prompts, strict=True)])
+    shape = 1.0 / p50_ms  # what an offset does to the logarithm
+    shape = (shape - shape.mean()) / (np.ptp(shape) or 1.0)
+    shared = sum(
+        (strength * parts[name] for name, strength in _STRENGTHS.items()), np.full(parts["tier"].shape, _LEVEL)
+    )
+    return np.asarray(shared + _SHAPE * np.outer(shape, shape))
+
+
+def _greedy(covariance: Floats, count: int) -> tuple[list[int], float]:
+    """Places of the best `count` runs, one after the other, and the deviation that they leave."""
+    left = covariance.copy()
+    picked = []
+    for _ in range(count):
+        gain = (left**2).sum(axis=0) / (np.diag(left) + 1.0)
+        best = int(np.argmax(gain))
+        picked.append(best)
+        left -= np.outer(left[:, best], left[best]) / (left[best, best] + 1.0)
+    return picked, float(np.sqrt(np.mean(np.diag(left))))
+
+
+def _mean_variance(covariance: Floats, picked: Ints) -> float:
+    rows = covariance[:, picked]
+    inner = covariance[np.ix_(picked, picked)] + np.eye(len(picked))
+    explained = np.einsum("ij,ji->i", rows, np.linalg.solve(inner, rows.T))
+    return float(np.mean(np.diag(covariance) - explained))

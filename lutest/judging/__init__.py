@@ -1,0 +1,1 @@
+"""Are runs, or a table, any good?"""

@@ -1,0 +1,53 @@
+"""The names of the file as far as reading needs them: version, key and quantile columns, and what is no table."""
+
+from __future__ import annotations
+
+import os
+
+from lutest.reader.errors import TableError
+
+__all__ = [
+    "KEY_COLUMNS",
+    "LOG_ENDINGS",
+    "SCHEMA_VERSION",
+    "TEMPORARY_ENDING",
+    "quantile_column",
+    "quantile_suffix",
+    "quote",
+    "refuse_unfinished",
+]
+
+SCHEMA_VERSION = 1
+KEY_COLUMNS = ("tier", "top_k", "num_blocks")
+TEMPORARY_ENDING = ".lutest-tmp"  # what a build leaves when it is killed
+LOG_ENDINGS = (".wal", ".wal.checkpoint", ".wal.recovery")  # DuckDB's own, of changes not yet in the file itself
+
+
+def quantile_suffix(q: float) -> str:
+    """Name of a quantile in column names: 0.5 → ``p50``, 0.999 → ``p99_9``."""
+    return "p" + f"{q * 100:.10g}".replace(".", "_")
+
+
+def quantile_column(q: float) -> str:
+    """Column that holds the quantile `q` of a latency, in milliseconds."""
+    return f"{quantile_suffix(q)}_ms"
+
+
+def quote(identifier: str) -> str:
+    """Quote an SQL identifier."""
+    return '"' + identifier.replace('"', '""') + '"'
+
+
+def refuse_unfinished(path: str | os.PathLike[str]) -> None:
+    """Refuse names that are no table's, whatever they hold.
+
+    Raises
+    ------
+    TableError
+        What a killed build left, or a log of DuckDB.
+    """
+    name = os.fspath(path)
+    if name.endswith(TEMPORARY_ENDING):
+        raise TableError(f"{name}: a temporary file of a build that runs or was killed, not a table; build again")
+    if name.endswith(LOG_ENDINGS):
+        raise TableError(f"{name}: a log of DuckDB, not a table; name the file that it belongs to")

@@ -1,0 +1,142 @@
+"""A handle on a table file that is rebuilt now and then: every call is answered from one whole table."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from lutest.reader.entry import Entry
+from lutest.reader.errors import TableError
+from lutest.reader.figures import Key
+from lutest.reader.loading import load
+from lutest.reader.table import LatencyTable, Missing, Tier
+
+__all__ = ["CHECK_EVERY_S", "ReloadingTable"]
+
+CHECK_EVERY_S = 0.5
+
+_Stamp = tuple[int, int, int, int, int]
+
+
+class _State(NamedTuple):
+    """What is swapped as a whole: the table, the stamp of the file when it was last looked at, and when that was."""
+
+    table: LatencyTable
+    stamp: _Stamp | None
+    checked_s: float
+
+
+class ReloadingTable:
+    """A table that follows its file: everything that `LatencyTable` has, from the newest one that could be read.
+
+    At most every half a second, a call looks at the file (inode, size, times), and reads it anew if it is another one;
+    calls in other threads are answered from the old table meanwhile. A call is answered from one table as a whole;
+    two calls may be answered from two. To hold on to one, take `current`; its entries stay as they are, too.
+
+    A new file that cannot be read (gone, damaged, half written) changes nothing: the old table goes on, with one
+    `RuntimeWarning` per file, until the file changes again.
+
+    Pickles with the table that it holds, without locks, threads or open files: where a path means nothing on the
+    other side, it goes on with that.
+
+    Raises
+    ------
+    TableError
+        The first table cannot be read.
+    """
+
+    __slots__ = ("_claims", "_load", "_path", "_state")
+
+    _path: str
+    _load: tuple[Missing, bool]
+    _state: _State
+    _claims: dict[int, object]
+
+    def __init__(self, path: str | os.PathLike[str], missing: Missing = "error", verify: bool = False) -> None:
+        self._path, self._load = os.path.abspath(path), (missing, verify)
+        # looked at before it is read: one replaced in between is read once more, never missed
+        stamp = _stamp(self._path)
+        self._state = _State(self._read(), stamp, time.monotonic())
+        self._claims = {}
+
+    @property
+    def current(self) -> LatencyTable:
+        """The newest table that could be read: immutable, no handle."""
+        state = self._state
+        if abs(time.monotonic() - state.checked_s) < CHECK_EVERY_S:  # abs: another machine's clock, after pickling
+            return state.table
+        # one thread looks, the others go on; by process, so that no fork inherits another thread's claim
+        process, claim = os.getpid(), object()
+        if self._claims.setdefault(process, claim) is not claim:
+            return state.table
+        try:
+            return self._look()
+        finally:
+            del self._claims[process]
+
+    def _look(self) -> LatencyTable:
+        """Read the file anew if it is another one."""
+        table, seen, _ = self._state
+        stamp, problem = _stamp(self._path), None
+        if stamp is None:
+            problem = "it is gone"
+        elif stamp != seen:
+            try:
+                table = self._read()
+            except (TableError, OSError) as error:
+                problem = str(error)
+        self._state = _State(table, stamp, time.monotonic())
+        if problem is not None and stamp != seen:
+            warnings.warn(
+                f"{self._path}: not read anew, the old table goes on: {problem}", RuntimeWarning, stacklevel=3
+            )
+        return table
+
+    def _read(self) -> LatencyTable:
+        missing, verify = self._load
+        return load(self._path, missing=missing, verify=verify)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.current, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *(name for name in dir(LatencyTable) if not name.startswith("_"))})
+
+    def __getitem__(self, key: tuple[Tier, int, int]) -> Entry:
+        return self.current[key]
+
+    def __len__(self) -> int:
+        return len(self.current)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.current)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.current
+
+    def __repr__(self) -> str:
+        return f"<reloading {self.current!r}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        table, stamp, _ = self._state
+        return _restored, (self._path, self._load, table, stamp)
+
+
+def _stamp(path: str) -> _Stamp | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _restored(path: str, how: tuple[Missing, bool], table: LatencyTable, stamp: _Stamp | None) -> ReloadingTable:
+    handle = ReloadingTable.__new__(ReloadingTable)
+    handle._path, handle._load, handle._claims = path, how, {}
+    handle._state = _State(table, stamp, float("-inf"))
+    return handle

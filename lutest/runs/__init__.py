@@ -1,0 +1,1 @@
+"""Runs from anywhere, canonical and checked."""

@@ -1,0 +1,209 @@
+"""Sources of runs: read each kind, hashed, into the tables ``source_files`` and ``raw_runs``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import duckdb
+import pandas as pd
+
+from lutest.reader.errors import SourceError
+from lutest.runs.sources.csv_runs import read_csv
+from lutest.runs.sources.discovery import list_sources, printable, show_path, storable, unreadable
+from lutest.runs.sources.frames import hash_frame, read_frame
+from lutest.runs.sources.json_runs import read_json, read_json_lines
+from lutest.runs.sources.parquet import read_parquet
+from lutest.runs.sources.run_rows import RunWriter, SourceFields, create_raw_runs, field_column
+from lutest.runs.sources.served import ServedSource
+from lutest.runs.sources.served_columns import check_served_columns
+
+__all__ = [
+    "ServedSource",
+    "Source",
+    "SourceFields",
+    "check_served_columns",
+    "field_column",
+    "list_sources",
+    "printable",
+    "read_sources",
+]
+
+Source: TypeAlias = str | os.PathLike[str] | pd.DataFrame
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+HASH_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A source that was found: a file, or a frame."""
+
+    sha256: str
+    shown: str
+    folder: str | None
+    content: Path | pd.DataFrame
+    size_bytes: int
+    modified_ns: int = 0
+
+
+def read_sources(
+    connection: duckdb.DuckDBPyConnection,
+    sources: Sequence[Source],
+    fields: SourceFields,
+    *,
+    base: Path,
+    progress: Progress | None = None,
+) -> list[ServedSource]:
+    """Read every run of every source into the tables ``source_files`` and ``raw_runs``.
+
+    Parameters
+    ----------
+    connection : duckdb.DuckDBPyConnection
+        Where the tables are created.
+    sources : sequence of path or DataFrame
+        Files, folders, glob patterns, frames.
+    fields : SourceFields
+        The fields to keep.
+    base : Path
+        Folder that relative paths are relative to.
+    progress : callable, optional
+        Called now and then with the source, and with the bytes done and to do of all files together.
+
+    Returns
+    -------
+    list of ServedSource
+        The files among them that a load generator wrote.
+
+    Raises
+    ------
+    SourceError
+        A source cannot be found, or cannot be read as a whole. A single unreadable run is no error: it stands in
+        ``raw_runs`` with its `problem`.
+    """
+    if not sources:
+        raise SourceError("no sources of runs are given")
+    _check_fields(fields)
+    root = Path(os.path.abspath(base))
+    found = [
+        _hash_file(path, root)
+        for path in list_sources([path for path in sources if not isinstance(path, pd.DataFrame)], root)
+    ]
+    frames = [source for source in sources if isinstance(source, pd.DataFrame)]
+    for number, frame in enumerate(frames, 1):
+        shown = f"<DataFrame {number}>"
+        found.append(_Found(hash_frame(frame, shown, fields), shown, None, frame, 0))
+    found.sort(key=lambda source: (source.sha256, source.shown))
+    total_bytes = sum(source.size_bytes for source in found)
+
+    create_raw_runs(connection, fields)
+    connection.execute(
+        "CREATE OR REPLACE TABLE source_files "
+        "(source_id INTEGER, path VARCHAR, sha256 VARCHAR, folder VARCHAR, rows_read BIGINT)"
+    )
+    # 0: DuckDB takes object columns for text and does not guess their type from the first rows
+    setting = connection.execute("SELECT current_setting('pandas_analyze_sample')").fetchone()
+    connection.execute("SET pandas_analyze_sample = 0")
+    served: list[ServedSource] = []
+    try:
+        done_bytes = 0
+        for source_id, source in enumerate(found, 1):
+            report = _reporter(progress, source, done_bytes, total_bytes)
+            report(0)
+            rows, tool = _read_source(connection, source_id, source, fields, report)
+            if tool is not None:
+                served.append(ServedSource(source_id, printable(source.shown), tool))
+            connection.execute(
+                "INSERT INTO source_files VALUES (?, ?, ?, ?, ?)",
+                [source_id, source.shown, source.sha256, source.folder, rows],
+            )
+            report(source.size_bytes)
+            done_bytes += source.size_bytes
+    finally:
+        if setting is not None:
+            connection.execute(f"SET pandas_analyze_sample = {int(setting[0])}")
+    return served
+
+
+def _check_fields(fields: SourceFields) -> None:
+    names: dict[str, str] = {}
+    for name in fields.scalars:  # DuckDB's columns do not tell upper from lower case
+        if names.setdefault(name.lower(), name) != name:
+            raise SourceError(f"the fields {names[name.lower()]!r} and {name!r} differ in upper and lower case alone")
+
+
+def _reporter(progress: Progress | None, source: _Found, done: int, total: int) -> Callable[[int], None]:
+    def report(position: int) -> None:
+        if progress is not None:
+            progress(source.shown, done + position, total)
+
+    return report
+
+
+def _hash_file(path: Path, root: Path) -> _Found:
+    shown = show_path(path, root)
+    digest = hashlib.sha256()
+    size = 0
+    try:
+        with path.open("rb") as stream:
+            modified_ns = os.fstat(stream.fileno()).st_mtime_ns
+            while chunk := stream.read(HASH_CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+    except OSError as error:
+        raise unreadable(printable(shown), error) from None
+    if size == 0:
+        raise SourceError(f"{printable(shown)}: the file is empty")
+    return _Found(digest.hexdigest(), shown, storable(path.parent.name), path, size, modified_ns)
+
+
+def _read_source(
+    connection: duckdb.DuckDBPyConnection,
+    source_id: int,
+    source: _Found,
+    fields: SourceFields,
+    report: Callable[[int], None],
+) -> tuple[int, str | None]:
+    """Read one source; how many runs it has, and the load generator that wrote it."""
+    shown = printable(source.shown)
+    if isinstance(source.content, pd.DataFrame):
+        writer = RunWriter(connection, source_id, fields)
+        read_frame(source.content, shown, fields, writer)
+        writer.flush()
+        return writer.rows, None
+    try:
+        rows, tool = _read_file(connection, source_id, source.content, shown, fields, report)
+        status = source.content.stat()
+    except OSError as error:
+        raise unreadable(shown, error) from None
+    if (status.st_size, status.st_mtime_ns) != (source.size_bytes, source.modified_ns):
+        raise SourceError(f"{shown}: the file changed while it was read; build again once it is complete")
+    return rows, tool
+
+
+def _read_file(
+    connection: duckdb.DuckDBPyConnection,
+    source_id: int,
+    path: Path,
+    shown: str,
+    fields: SourceFields,
+    report: Callable[[int], None],
+) -> tuple[int, str | None]:
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        return read_parquet(connection, path, shown, source_id, fields), None
+    tool = None
+    with path.open("rb") as stream:
+        writer = RunWriter(connection, source_id, fields, lambda: report(stream.tell()))
+        if ending == ".json":
+            tool = read_json(stream, shown, fields, writer)
+        elif ending == ".csv":
+            read_csv(stream, shown, fields, writer)
+        else:
+            tool = read_json_lines(stream, shown, fields, writer)
+        writer.flush()
+        return writer.rows, tool

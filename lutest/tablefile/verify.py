@@ -1,0 +1,155 @@
+"""Verifying a table file: every byte against its seal, every row against the content hash, every count of runs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lutest.reader.errors import TableError
+from lutest.reader.export_file import EXPORT_ENDING
+from lutest.reader.figures import Figures
+from lutest.reader.file import read_figures
+from lutest.reader.names import LOG_ENDINGS, refuse_unfinished
+from lutest.reader.seal import check_seal
+from lutest.tablefile.integrity import content_hash, parent_schema, row_counts
+from lutest.tablefile.sql import connect
+
+if TYPE_CHECKING:
+    import duckdb
+
+__all__ = ["Verification", "read_verified", "verify"]
+
+_REBUILD = "build it again with `lutest build`"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was verified.
+
+    Attributes
+    ----------
+    path : str
+        The table file.
+    content_hash : str
+        SHA-256 over all rows, as stored and as computed.
+    rows : dict
+        Table → number of its rows, all of them read.
+    size_bytes : int
+        Size of the file.
+    """
+
+    path: str
+    content_hash: str
+    rows: dict[str, int]
+    size_bytes: int
+
+
+def verify(path: str | os.PathLike[str]) -> Verification:
+    """Check a table file as a whole.
+
+    The seal over every byte of the file, before DuckDB sees any of it; all that a load checks; the content hash over
+    every row of every table, for which DuckDB checks the checksum of every block; and that the counts of runs agree.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A file that `lutest build` wrote.
+
+    Returns
+    -------
+    Verification
+
+    Raises
+    ------
+    TableError
+        No such file, not a table, of another version, damaged, or changed since it was built.
+    """
+    return _verified(os.fspath(path))[0]
+
+
+def read_verified(path: str | os.PathLike[str]) -> Figures:
+    """Read a table file that `verify` passes.
+
+    Raises
+    ------
+    TableError
+        As `verify`.
+    """
+    return _verified(os.fspath(path))[1]
+
+
+def _verified(path: str) -> tuple[Verification, Figures]:
+    refuse_unfinished(path)
+    if path.lower().endswith(EXPORT_ENDING):
+        raise TableError(f"{path}: verify checks table files, not exports, which have no seal: each load checks those")
+    while True:
+        if os.path.isfile(path):  # else reading it says what is wrong
+            check_seal(path, required=True)
+        figures = read_figures(path)
+        for ending in LOG_ENDINGS:
+            if os.path.exists(path + ending):
+                raise TableError(f"{path}: {path + ending} holds changes that another program has not written into it")
+        checked = _check(path)
+        if figures.meta.get("content_hash") == checked.content_hash:
+            return checked, figures
+        # a build replaced the file between the two: both are whole, but not the same
+
+
+def _check(path: str) -> Verification:
+    import duckdb  # here, so that nothing but reading a file needs DuckDB
+
+    try:
+        with connect(path, threads=1) as connection:
+            size_bytes = os.stat(path).st_size
+            stored = connection.execute("SELECT value FROM meta WHERE key = 'content_hash'").fetchone()
+            if stored is None:
+                raise TableError(f"{path}: table meta holds no content hash to verify it by; {_REBUILD}")
+            computed = content_hash(connection)
+            if stored[0] != computed:
+                raise TableError(
+                    f"{path}: its rows have the content hash {computed}, but {stored[0]} when it was built: "
+                    f"changed or damaged since; {_REBUILD}"
+                )
+            _check_accounts(path, connection)
+            _check_parent(path, connection)
+            return Verification(path, computed, row_counts(connection), size_bytes)
+    except (duckdb.CatalogException, duckdb.BinderException) as error:
+        raise TableError(
+            f"{path}: not a table of this version of lutest: {str(error).splitlines()[0]}; {_REBUILD}"
+        ) from error
+    except duckdb.Error as error:
+        raise TableError(f"{path}: damaged: {str(error).splitlines()[0]}; {_REBUILD}") from error
+
+
+def _check_parent(path: str, connection: duckdb.DuckDBPyConnection) -> None:
+    """Check that a calibrated table keeps its parent as it was."""
+    stored = connection.execute("SELECT value FROM meta WHERE key = 'parent_content_hash'").fetchone()
+    if stored is not None and content_hash(connection, parent_schema(1)) != stored[0]:
+        raise TableError(f"{path}: its schema parent is not the table {stored[0]} that it was calibrated from")
+
+
+def _check_accounts(path: str, connection: duckdb.DuckDBPyConnection) -> None:
+    rejected: dict[int, int] = dict(
+        connection.execute("SELECT source_id, count(*) FROM rejected_runs GROUP BY source_id").fetchall()
+    )
+    used_in_all = 0
+    # the path is the one column that the content hash leaves out: read it here
+    for source_id, shown, *counts in connection.execute(
+        "SELECT source_id, path, rows_read, rows_used, rows_rejected FROM sources ORDER BY source_id"
+    ).fetchall():
+        read, used, left_out = counts
+        used_in_all += used
+        if read != used + left_out or left_out != rejected.pop(source_id, 0):
+            raise TableError(
+                f"{path}: table sources: {shown}: {read} runs read, {used} used, {left_out} rejected: "
+                f"they do not add up with rejected_runs; {_REBUILD}"
+            )
+    if rejected:
+        raise TableError(f"{path}: table rejected_runs: source_id {min(rejected)} is not in sources; {_REBUILD}")
+    for table in ("prefill", "output_length"):
+        row = connection.execute(f"SELECT coalesce(sum(n), 0) FROM {table}").fetchone()
+        if row is None or row[0] != used_in_all:
+            raise TableError(
+                f"{path}: table {table}: n adds up to {row and row[0]} runs, not {used_in_all}; {_REBUILD}"
+            )
