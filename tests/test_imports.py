@@ -25,7 +25,6 @@ def test_the_reader_imports_numpy_alone_outside_of_functions() -> None:
         inside = {
             node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)
         }
-        guarded = {node for branch in ast.walk(tree) if isinstance(branch, ast.If) for node in ast.walk(branch)}
         for node in ast.walk(tree):
             names = []
             if isinstance(node, ast.Import):

@@ -91,7 +91,7 @@ def test_a_file_of_ones_own(tmp_path: Path, table_path: Path, load: Load) -> Non
     file = tmp_path / "my_rewards.py"
     file.write_text(
         "from lutest.reward import LatencyReward, VerlReward\n"
-        "from tests.test_verl import accuracy\n"
+        "from tests.reward.test_verl import accuracy\n"
         f"compute_score = VerlReward(LatencyReward({str(table_path)!r}), score=accuracy)\n"
     )
     result = call(load(str(file), "compute_score", {}), "it is 42", {**INFO, "output_tokens": 9})
@@ -112,9 +112,9 @@ def test_by_verls_configuration_alone(table_path: Path, load: Load) -> None:
         "q": 0.99,
         "weights": {"smooth": 0.5, "bonus": 0.1},
         "columns": {"prompt_tokens": "length"},
-        "parse": "tests.test_verl:parse_last_words",
-        "count_tokens": "tests.test_verl:count_words",
-        "score": "tests.test_verl:accuracy",
+        "parse": "tests.reward.test_verl:parse_last_words",
+        "count_tokens": "tests.reward.test_verl:count_words",
+        "score": "tests.reward.test_verl:accuracy",
     }
     result = call(load("pkg://lutest.reward", "compute_score", reward_kwargs), "42 with low 8 16", {"length": 90})
     reward = LatencyReward(TABLE, q=0.99, weights=Weights(smooth=0.5, bonus=0.1))
@@ -184,7 +184,7 @@ def test_unknown_configurations_may_be_errors() -> None:
 def test_it_pickles_and_runs_in_threads(table_path: Path) -> None:
     rewards: list[Callable[..., Any]] = [
         VerlReward(LatencyReward(TABLE), score=accuracy),
-        functools.partial(compute_score, table=str(table_path), score="tests.test_verl:accuracy"),
+        functools.partial(compute_score, table=str(table_path), score="tests.reward.test_verl:accuracy"),
     ]
     for reward in rewards:
         copy = pickle.loads(pickle.dumps(reward, protocol=5))
@@ -201,7 +201,7 @@ def test_verls_own_reward_manager_runs_it(table_path: Path) -> None:
     from omegaconf import OmegaConf
     from verl import DataProto
 
-    reward_kwargs = {"table": str(table_path), "score": "tests.test_verl:accuracy"}
+    reward_kwargs = {"table": str(table_path), "score": "tests.reward.test_verl:accuracy"}
     function = load_through_verl("pkg://lutest.reward", "compute_score", reward_kwargs)
     data = DataProto.from_dict(
         tensors={"responses": torch.tensor([[4, 2, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 1, 0]])},

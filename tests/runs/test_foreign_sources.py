@@ -17,7 +17,7 @@ from lutest.reader.errors import BuildError, ConfigError, SourceError
 from lutest.runs.convert import convert
 from lutest.runs.sources import vllm
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 VLLM, AIPERF, GUIDELLM = DATA / "vllm-bench-serve.json", DATA / "aiperf-0.13.0.jsonl", DATA / "guidellm-0.8.1.json"
 KEY = {"tier": {"constant": "low"}, "top_k": {"constant": 8}, "num_blocks": {"constant": 16}}
 CONFIG = {"columns": KEY, "cleaning": {"outliers": "none"}}

@@ -267,7 +267,7 @@ def test_large_object_in_bounded_memory(tmp_path: Path, wrapped: bool) -> None:
         stream.write(",\n".join([json.dumps(run)] * rows))
         stream.write('], "dataset": "vqa"}' + "]" * wrapped)
     assert path.stat().st_size > 50e6
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", BIG_FILE_READER, str(path)],
         env={**os.environ, "PYTHONPATH": root},

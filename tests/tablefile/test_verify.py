@@ -26,7 +26,7 @@ from tests.children import Outcome, loaded, run_child, verified
 from tests.conftest import Tally
 from tests.runs_frame import noisy_runs
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[2]
 BLOCK_BYTES = 16_384
 HEADER_BYTES = 3 * 4096
 

@@ -27,7 +27,7 @@ from lutest.reader.errors import ArgumentError
 
 torch = pytest.importorskip("torch", reason="the presets are torch models: pip install 'lutest[profile]'")
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[2]
 TINY = PRESETS["tiny"]
 
 

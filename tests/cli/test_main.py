@@ -22,7 +22,7 @@ import lutest
 from lutest.cli.main import main
 
 COMMANDS = ("build", "convert", "export", "info", "lookup", "feasible", "sql")
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[2]
 
 
 class Printed:

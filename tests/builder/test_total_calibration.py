@@ -20,7 +20,7 @@ from lutest.reader.names import KEY_COLUMNS, quantile_column, quantile_suffix
 KEYS = list(KEY_COLUMNS)
 LEVELS = (0.05, 0.5, 0.95)
 BANDS = ((2, 2), (3, 5), (6, 10), (11, 20), (21, 50), (51, 10_000))
-SHIPPED_RUNS = Path(__file__).parent.parent / "tables" / "runs" / "direct.parquet"
+SHIPPED_RUNS = Path(__file__).parents[2] / "tables" / "runs" / "direct.parquet"
 
 Array = npt.NDArray[np.float64]
 

@@ -15,7 +15,7 @@ from lutest.builder.fit.prefill_curve import fit_prefill_curve
 
 KEYS = ["tier", "top_k", "num_blocks"]
 LEVELS = [0.1, 0.5, 0.95, 0.99]
-SHIPPED = Path(__file__).parents[1] / "tables" / "runs" / "direct.parquet"
+SHIPPED = Path(__file__).parents[2] / "tables" / "runs" / "direct.parquet"
 
 
 def true_ms(top_k: object, num_blocks: object, prompt_tokens: object) -> np.ndarray:

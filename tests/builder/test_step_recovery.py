@@ -14,7 +14,7 @@ from lutest.builder.fit.step_curve import fit_step_curve
 from lutest.builder.fit.step_recovery import identify, recover_step_curve
 
 KEYS = ["tier", "top_k", "num_blocks"]
-TABLES = Path(__file__).parent.parent / "tables" / "runs"
+TABLES = Path(__file__).parents[2] / "tables" / "runs"
 Key = tuple[str, int, int]
 
 

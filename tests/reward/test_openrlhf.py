@@ -75,7 +75,7 @@ def test_a_file_of_ones_own_as_openrlhf_runs_it(tmp_path: Path) -> None:
     file = tmp_path / "my_rewards.py"
     file.write_text(
         "from lutest.reward import LatencyReward, OpenRLHFReward\n"
-        "from tests.test_openrlhf import score_tensor\n"
+        "from tests.reward.test_openrlhf import score_tensor\n"
         f"reward_func = OpenRLHFReward(LatencyReward({str(table)!r}), score=score_tensor)\n"
     )
     function = load_as_openrlhf_does(file)

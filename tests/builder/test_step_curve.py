@@ -15,7 +15,7 @@ from lutest.builder.fit.step_curve import fit_step_curve
 
 KEYS = ["tier", "top_k", "num_blocks"]
 LEVELS = [0.1, 0.5, 0.95, 0.99]
-SHIPPED = Path(__file__).parents[1] / "tables" / "runs" / "direct.parquet"
+SHIPPED = Path(__file__).parents[2] / "tables" / "runs" / "direct.parquet"
 
 
 def true_ms(num_blocks: object, kv_len: object) -> np.ndarray:
