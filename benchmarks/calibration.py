@@ -2,10 +2,10 @@
 
     python benchmarks/calibration.py [--public CSV] [--draws N] [--only PART …]
 
-Tables are carried from the shipped runs of the `cpu` preset to a wider model and to two threads; with `--public`, from
-A100 to H100 and back, on the measured runs of Splitwise (github.com/Mutinifni/splitwise-sim, `data/perf_model.csv`:
-model, tensor parallelism and batch size stand for tier, top_k and num_blocks). Half of the new device's runs judge, N
-of the others are learnt from, in several draws. The last lines tell which targets hold.
+Tables are carried from the shipped runs of the `cpu` preset to a wider model and to two threads, and from the shipped
+serving runs on A100 to those on H100, by number of GPUs and of users; with `--public`, from A100 to H100 and back, on
+the measured runs of Splitwise (github.com/Mutinifni/splitwise-sim, `data/perf_model.csv`). Half of the new device's
+runs judge, N of the others are learnt from, in several draws. The last lines tell which targets hold.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from calibration_drift import drift_verdicts
 from calibration_online import online_verdicts
-from calibration_rivals import FULL, METHODS, OURS, Prediction, Setting, by_table, full_rebuild
+from calibration_rivals import FULL, METHODS, OURS, Prediction, Setting, by_table, plain, rebuilt
 from numpy.typing import NDArray
 from printing import Verdict, percent, print_aligned, print_verdicts, verdict
 
@@ -30,36 +30,52 @@ import lutest
 RUNS = Path(__file__).parent.parent / "tables" / "runs"
 SIZES = (10, 25, 50, 100)
 PARTS = ("devices", "plan", "online", "drift")
-_PLAIN = {"cleaning": {"outliers": "none"}}
 
 
-def shipped(name: str) -> pd.DataFrame:
-    query = "SELECT tier, top_k, num_blocks, prompt_tokens, output_tokens, prefill_ms, decode_ms, decode_steps_ms "
-    frame = duckdb.execute(f"{query} FROM read_parquet(?)", [str(RUNS / name)]).df()
+def shipped(name: str, columns: str = "tier, top_k, num_blocks, decode_ms", where: str = "true") -> pd.DataFrame:
+    """Runs of a shipped file, with their totals."""
+    query = f"""
+        SELECT {columns}, prompt_tokens, output_tokens, prefill_ms, decode_steps_ms
+        FROM read_parquet(?)
+        WHERE {where}
+    """
+    frame = duckdb.execute(query, [str(RUNS / name)]).df()
     return frame.assign(total_ms=frame["prefill_ms"] + frame["decode_ms"])
+
+
+def served(gpu: str) -> pd.DataFrame:
+    columns = "n_gpus, users, coalesce(list_sum(decode_steps_ms), 0)::DOUBLE AS decode_ms"
+    return shipped("llama-13b-serving.parquet", columns, f"gpu = '{gpu}'")
 
 
 def public(path: str, hardware: str) -> pd.DataFrame:
     held = pd.read_csv(path)
     held = held[held["hardware"] == hardware].reset_index(drop=True)
+    decode_ms = (held["token_size"] - 1) * held["token_time"]
     return pd.DataFrame(
         {
-            "tier": held["model"],
-            "top_k": held["tensor_parallel"],
-            "num_blocks": held["batch_size"],
+            "llm": held["model"],
+            "tp": held["tensor_parallel"],
+            "batch_size": held["batch_size"],
             "prompt_tokens": held["prompt_size"],
             "output_tokens": held["token_size"],
             "prefill_ms": held["prompt_time"],
-            "decode_ms": (held["token_size"] - 1) * held["token_time"],
-            "total_ms": held["prompt_time"] + (held["token_size"] - 1) * held["token_time"],
+            "decode_ms": decode_ms,
+            "total_ms": held["prompt_time"] + decode_ms,
         }
     )
 
 
-def setting_of(name: str, old: pd.DataFrame, new: pd.DataFrame, folder: Path) -> Setting:
+def setting_of(
+    name: str,
+    old: pd.DataFrame,
+    new: pd.DataFrame,
+    folder: Path,
+    key: tuple[str, ...] = ("tier", "top_k", "num_blocks"),
+) -> Setting:
     path = folder / f"{name.replace(' ', '-')}.duckdb"
-    lutest.build(_PLAIN, runs=old, output=path)
-    return Setting(path, new, by_table(lutest.load(path, missing="interpolate"), new))
+    lutest.build(plain(key), runs=old, output=path)
+    return Setting(path, key, new, by_table(lutest.load(path, missing="interpolate"), new))
 
 
 def settings(arguments: argparse.Namespace, folder: Path) -> dict[str, Setting]:
@@ -68,11 +84,13 @@ def settings(arguments: argparse.Namespace, folder: Path) -> dict[str, Setting]:
     found = {
         "another model width": setting_of("width", old, shipped("cpu-wide-preset.parquet"), folder),
         "two threads": setting_of("threads", old, shipped("cpu-preset-2-threads.parquet"), folder),
+        "served, A100 to H100": setting_of("served", served("A100"), served("H100"), folder, ("n_gpus", "users")),
     }
     if arguments.public:
         a100, h100 = (public(arguments.public, f"{name}-80gb") for name in ("a100", "h100"))
-        found["A100 to H100"] = setting_of("a100-h100", a100, h100, folder)
-        found["H100 to A100"] = setting_of("h100-a100", h100, a100, folder)
+        key = ("llm", "tp", "batch_size")
+        found["A100 to H100"] = setting_of("a100-h100", a100, h100, folder, key)
+        found["H100 to A100"] = setting_of("h100-a100", h100, a100, folder, key)
     return found
 
 
@@ -106,7 +124,7 @@ def compare(title: str, setting: Setting, draws: int, folder: Path) -> list[Verd
     found: dict[str, dict[int, Errors]] = {name: {n: Errors() for n in SIZES} for name in (*METHODS, FULL)}
     for number in range(draws):
         judged, pool = draw(setting.runs, np.random.default_rng(number))
-        whole = full_rebuild(setting, pool, folder)
+        whole = rebuilt(setting, pool, folder)
         for n in SIZES:
             for name, method in METHODS.items():
                 found[name][n].add(setting.runs, judged, method(setting, pool[:n], folder))
@@ -162,15 +180,15 @@ def planned(title: str, setting: Setting, draws: int, folder: Path) -> None:
 
 def nearest(setting: Setting, pool: NDArray[np.int64], n: int) -> NDArray[np.int64]:
     held = setting.runs.iloc[pool].assign(place=pool)
-    left = dict(iter(held.groupby(["tier", "top_k", "num_blocks"])))
+    left = dict(iter(held.groupby(list(setting.key))))
     chosen: list[int] = []
     for run in lutest.plan(setting.path, 4 * n).runs:
-        group = left.get(tuple(run.key))
+        group = left.get(run.key)
         if group is None or not len(group) or len(chosen) == n:
             continue
         best = (group["prompt_tokens"] - run.prompt_tokens).abs().idxmin()
         chosen.append(int(group.loc[best, "place"]))
-        left[tuple(run.key)] = group.drop(index=best)
+        left[run.key] = group.drop(index=best)
     return np.array(chosen, dtype=np.int64)
 
 

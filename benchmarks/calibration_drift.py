@@ -10,7 +10,7 @@ import pandas as pd
 from printing import Verdict, percent, print_aligned, verdict
 
 import lutest
-from lutest.calibration.drift import DRIFT_TOLERANCE
+from lutest.calibration.coverage import TOLERANCE
 
 __all__ = ["drift_verdicts"]
 
@@ -47,9 +47,9 @@ def drift_verdicts(folder: Path, sets: Mapping[str, pd.DataFrame]) -> list[Verdi
                 sample = runs.iloc[chance.choice(others, size=RUNS, replace=False)][COLUMNS]
                 same.append(lowest_p_value(table, sample, 0.0))
                 if turn < FEW:
-                    tolerated.append(lowest_p_value(table, sample, DRIFT_TOLERANCE))
+                    tolerated.append(lowest_p_value(table, sample, TOLERANCE))
                     drifted = sample.assign(**{held: DRIFT * sample[held] for held in LATENCIES})
-                    slower.append(lowest_p_value(table, drifted, DRIFT_TOLERANCE))
+                    slower.append(lowest_p_value(table, drifted, TOLERANCE))
         alarms = {rate: share_below(same, rate) for rate in RATES}
         found = {rate: share_below(slower, rate) for rate in RATES}
         shares = [*alarms.values(), share_below(tolerated, RATES[0]), *found.values()]
@@ -71,4 +71,4 @@ def share_below(p_values: list[float], rate: float) -> float:
 
 
 def lowest_p_value(table: lutest.LatencyTable, runs: pd.DataFrame, tolerance: float) -> float:
-    return min(test.adjusted for test in lutest.check(table, runs, tolerance=tolerance).drift.tests)
+    return min(test.adjusted for test in lutest.check(table, runs, tolerance=tolerance).tests)

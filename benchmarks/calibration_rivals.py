@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from scipy import optimize
 
 import lutest
+from lutest import Key
 
-__all__ = ["FULL", "METHODS", "OURS", "Prediction", "Setting", "by_table", "full_rebuild"]
+__all__ = ["FULL", "METHODS", "OURS", "Prediction", "Setting", "by_table", "plain", "rebuilt"]
 
 Floats = NDArray[np.float64]
 OURS, FULL = "lutest.calibrate", "rebuilt from all other runs"
-_PLAIN = {"cleaning": {"outliers": "none"}}
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Setting:
     ----------
     path : Path
         The table.
+    key : tuple of str
+        Its key columns.
     runs : DataFrame
         All runs of the new device.
     old : Prediction
@@ -45,19 +47,25 @@ class Setting:
     """
 
     path: Path
+    key: tuple[str, ...]
     runs: pd.DataFrame
     old: Prediction
 
 
+def plain(key: tuple[str, ...]) -> dict[str, object]:
+    """A build that leaves outliers in."""
+    return {"key": list(key), "cleaning": {"outliers": "none"}}
+
+
 def by_table(table: lutest.LatencyTable, runs: pd.DataFrame, otherwise: Prediction | None = None) -> Prediction:
     """What a table says of runs; `otherwise` for those of which it cannot say anything."""
-    lengths = runs[["tier", "top_k", "num_blocks", "prompt_tokens", "output_tokens"]]
+    lengths = runs[[*table.key_columns, "prompt_tokens", "output_tokens"]]
     columns: list[Floats] = []
     for stage, q in (("prefill", 0.5), ("total", 0.5), ("prefill", 0.95), ("total", 0.95)):
         values = np.empty(len(runs))
-        for place, (tier, top_k, num_blocks, prompt, output) in enumerate(lengths.itertuples(index=False)):
+        for place, (*key, prompt, output) in enumerate(lengths.itertuples(index=False)):
             tokens = int(output) if stage == "total" else 1
-            values[place] = _answer(table, (tier, int(top_k), int(num_blocks)), int(prompt), tokens, q)
+            values[place] = _answer(table, tuple(key), int(prompt), tokens, q)
         if otherwise is not None:
             missing = np.isnan(values)
             values[missing] = (otherwise.prefill_ms if stage == "prefill" else otherwise.total_ms)[missing]
@@ -65,12 +73,10 @@ def by_table(table: lutest.LatencyTable, runs: pd.DataFrame, otherwise: Predicti
     return Prediction(*columns)
 
 
-def _answer(
-    table: lutest.LatencyTable, key: tuple[str, int, int], prompt_tokens: int, output_tokens: int, q: float
-) -> float:
+def _answer(table: lutest.LatencyTable, key: Key, prompt_tokens: int, output_tokens: int, q: float) -> float:
     """The total, which at one token is prefill; NaN where the table cannot tell."""
     try:
-        return table.lookup(*key).total_ms(prompt_tokens, output_tokens, q)
+        return table[key].total_ms(prompt_tokens, output_tokens, q)
     except (lutest.UnknownKeyError, lutest.NoDecodeDataError):
         return float("nan")
 
@@ -119,13 +125,8 @@ def rebuilt(setting: Setting, learn: NDArray[np.int64], folder: Path) -> Predict
     """A table of the new runs alone, missing configurations interpolated; the global scale for what it cannot say."""
     path = folder / "rebuilt.duckdb"
     otherwise = global_scale(setting, learn, folder)
-    lutest.build(_PLAIN, runs=setting.runs.iloc[learn], output=path)
+    lutest.build(plain(setting.key), runs=setting.runs.iloc[learn], output=path)
     return by_table(lutest.load(path, missing="interpolate"), setting.runs, otherwise)
-
-
-def full_rebuild(setting: Setting, learn: NDArray[np.int64], folder: Path) -> Prediction:
-    """A table of all the runs that are not judged."""
-    return rebuilt(setting, learn, folder)
 
 
 METHODS: dict[str, Callable[[Setting, NDArray[np.int64], Path], Prediction]] = {

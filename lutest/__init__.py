@@ -6,7 +6,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lutest.reader import __version__
-from lutest.reader.current import lookup, use
 from lutest.reader.entry import Entry
 from lutest.reader.errors import (
     ArgumentError,
@@ -20,7 +19,7 @@ from lutest.reader.errors import (
 )
 from lutest.reader.explanation import Explanation
 from lutest.reader.figures import Key
-from lutest.reader.loading import load
+from lutest.reader.loading import load, lookup, use
 from lutest.reader.table import LatencyTable
 
 if TYPE_CHECKING:

@@ -90,3 +90,26 @@ def direct_table(tmp_path_factory: pytest.TempPathFactory, direct_runs: Path) ->
 @pytest.fixture(scope="session")
 def subtraction_table(tmp_path_factory: pytest.TempPathFactory, subtraction_runs: Path) -> Path:
     return build(runs=subtraction_runs, output=tmp_path_factory.mktemp("subtraction") / "s.duckdb").output
+
+
+@pytest.fixture(scope="session")
+def serving_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty requests each of 24 configurations of the shipped serving runs, keyed by gpu, n_gpus and users."""
+    path = tmp_path_factory.mktemp("serving") / "runs.parquet"
+    duckdb.execute(
+        f"""
+        COPY (
+            SELECT * FROM read_parquet('{RUNS / "llama-13b-serving.parquet"}')
+            WHERE gpu IN ('A100', 'H100') AND users IN (1, 4, 16, 64)
+            QUALIFY row_number() OVER (PARTITION BY gpu, n_gpus, users ORDER BY started_ms, sample_id) <= 60
+            ORDER BY gpu, n_gpus, users, started_ms, sample_id
+        ) TO '{path}' (FORMAT parquet)
+        """
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def serving_table(tmp_path_factory: pytest.TempPathFactory, serving_runs: Path) -> Path:
+    output = tmp_path_factory.mktemp("serving") / "serving.duckdb"
+    return build({"key": ["gpu", "n_gpus", "users"]}, runs=serving_runs, output=output).output

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-__all__ = ["constant_step_runs", "noisy_runs"]
+__all__ = ["BOTH_KEYS", "DEFAULT_KEY", "constant_step_runs", "keyed", "noisy_runs"]
+
+DEFAULT_KEY = ("tier", "top_k", "num_blocks")
+BOTH_KEYS = (DEFAULT_KEY, ("gpu", "n_gpus", "users"))  # what the core of the tests runs on
+
+
+def keyed(frame: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
+    """The runs of `frame` with other names for its key columns."""
+    return frame.rename(columns=dict(zip(DEFAULT_KEY, key, strict=True)))
 
 
 def constant_step_runs(step_ms: float = 46.0, lengths: Sequence[int] = tuple(range(2, 65))) -> pd.DataFrame:

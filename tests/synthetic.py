@@ -9,7 +9,7 @@ from pathlib import Path
 import duckdb
 from hypothesis import settings
 
-from lutest.reader.figures import Curve, Figures, Key, KeyFigures, Quality, Summary, TotalRatios
+from lutest.reader.figures import Curve, Figures, Key, KeyColumn, KeyFigures, Quality, Summary, TotalRatios
 from lutest.reader.names import SCHEMA_VERSION
 from lutest.tablefile.schema import STORAGE_VERSION, TABLES
 
@@ -21,8 +21,13 @@ FACTORS = (0.8, 1.0, 1.4, 1.9)
 PROMPTS = {"low": (40, 90, 160), "medium": (160, 300, 420), "high": (400, 600, 801)}
 TOP_KS = (4, 8)
 NUM_BLOCKS = (12, 16)
-NO_DECODE = Key("high", 8, 16)
-SINGLE_KNOT = Key("low", 4, 12)
+KEY_COLUMNS = (
+    KeyColumn("tier", "category", "VARCHAR"),
+    KeyColumn("top_k", "number", "BIGINT"),
+    KeyColumn("num_blocks", "number", "BIGINT"),
+)
+NO_DECODE: tuple[str, int, int] = ("high", 8, 16)
+SINGLE_KNOT: tuple[str, int, int] = ("low", 4, 12)
 
 
 def _curve(at: tuple[int, ...], median: tuple[float, ...]) -> Curve:
@@ -31,10 +36,11 @@ def _curve(at: tuple[int, ...], median: tuple[float, ...]) -> Curve:
     return Curve(at, values, tuple(10 + j for j in range(len(at))), tuple(sources[j % 3 % 2] for j in range(len(at))))
 
 
-def make_key(key: Key) -> KeyFigures:
+def make_key(key: tuple[str, int, int]) -> KeyFigures:
     """Figures of one configuration: prefill and steps grow with prompt, top_k and num_blocks."""
-    work = 0.3 * key.num_blocks * (1 + 0.1 * key.top_k)
-    prompts = PROMPTS[key.tier] if key != SINGLE_KNOT else PROMPTS[key.tier][:1]
+    tier, top_k, num_blocks = key
+    work = 0.3 * num_blocks * (1 + 0.1 * top_k)
+    prompts = PROMPTS[tier] if key != SINGLE_KNOT else PROMPTS[tier][:1]
     kv = tuple(x + step for x, step in zip(prompts, (1, 17, 90), strict=False))
     prefill = _curve(prompts, tuple(work * (3 + 0.01 * x**1.2) for x in prompts))
     steps = _curve(kv, tuple(work * (0.5 + 0.0007 * x) for x in kv))
@@ -68,17 +74,22 @@ def make_key(key: Key) -> KeyFigures:
 
 def make_figures() -> Figures:
     """Twelve configurations; `NO_DECODE` has only one-token runs, `SINGLE_KNOT` one knot per curve."""
-    keys = tuple(make_key(Key(t, k, b)) for t in ("low", "medium", "high") for k in TOP_KS for b in NUM_BLOCKS)
+    keys = tuple(make_key((t, k, b)) for t in ("high", "low", "medium") for k in TOP_KS for b in NUM_BLOCKS)
     return Figures(
         quantiles=QUANTILES,
-        tiers=("low", "medium", "high"),
+        key_columns=KEY_COLUMNS,
         keys=keys,
         output_lengths={"vqa": ((1, 5), (2, 30), (48, 4)), "web": ((7, 1),)},
         qualities=(
-            Quality(Key("low", 4, 12), "vqa", 40, 0.5, 0.4, 0.6),
-            Quality(Key("low", 8, 12), "vqa", 1, 1.0, None, None),
+            Quality(("low", 4, 12), "vqa", 40, 0.5, 0.4, 0.6),
+            Quality(("low", 8, 12), "vqa", 1, 1.0, None, None),
         ),
-        meta={"device": "a test", "quantiles": json.dumps(list(QUANTILES)), "schema_version": str(SCHEMA_VERSION)},
+        meta={
+            "device": "a test",
+            "quantiles": json.dumps(list(QUANTILES)),
+            "key_columns": json.dumps([column._asdict() for column in KEY_COLUMNS]),
+            "schema_version": str(SCHEMA_VERSION),
+        },
     )
 
 
@@ -93,8 +104,9 @@ def curve_at(curve: Curve, i: int, x: int) -> float:
     if x <= at[0]:
         return values[0]
     if x >= at[-1]:
-        slope = (values[-1] - values[-2]) / (at[-1] - at[-2]) if len(at) > 1 else 0.0
-        return values[-1] + max(0.0, slope) * (x - at[-1])
+        below = curve.values_ms[: i + 1]  # of this quantile and those below it: they never cross
+        slopes = [(held[-1] - held[-2]) / (at[-1] - at[-2]) for held in below if len(at) > 1]
+        return values[-1] + max([0.0, *slopes]) * (x - at[-1])
     j = max(j for j, knot in enumerate(at) if knot <= x)
     return values[j] + (values[j + 1] - values[j]) * (x - at[j]) / (at[j + 1] - at[j])
 
@@ -135,7 +147,7 @@ def write_file(figures: Figures, path: Path) -> Path:
         connection.execute(f"ATTACH '{path}' AS written (STORAGE_VERSION '{STORAGE_VERSION}')")
         connection.execute("USE written")
         for table in TABLES.values():
-            columns = table.expand(figures.quantiles)
+            columns = table.expand(figures.quantiles, figures.key_columns)
             connection.execute(f"CREATE TABLE {table.name} ({', '.join(f'{c.name} {c.type}' for c in columns)})")
             for row in reversed(rows[table.name]):  # a reader must not rely on their order
                 connection.execute(f"INSERT INTO {table.name} VALUES ({', '.join('?' * len(row))})", row)

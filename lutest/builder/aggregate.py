@@ -1,4 +1,4 @@
-"""Per-key and per-bin figures of the accepted runs, in DuckDB SQL, out of core."""
+"""Per-key figures of the accepted runs, in DuckDB SQL, out of core."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ from collections.abc import Callable, Sequence
 
 import duckdb
 
-from lutest.reader.names import quantile_column
+from lutest.reader.figures import KeyColumn
+from lutest.reader.names import quantile_column, quote
 
 __all__ = ["SAMPLE_RUNS_PER_KEY", "SAMPLE_STEPS_PER_KEY", "write_aggregates"]
 
 SAMPLE_RUNS_PER_KEY = 1000
 SAMPLE_STEPS_PER_KEY = 20_000
 
-Bins = int | Sequence[int]
-
 
 def write_aggregates(
     connection: duckdb.DuckDBPyConnection,
     quantiles: Sequence[float],
-    prompt_bins: Bins,
-    kv_bins: Bins,
+    key_columns: Sequence[KeyColumn],
     upper_rank: Callable[[int], int | None],
 ) -> None:
     """Create the aggregates of ``accepted_runs``.
@@ -31,24 +29,22 @@ def write_aggregates(
         Holds ``accepted_runs``.
     quantiles : sequence of float
         Levels, each in (0, 1).
-    prompt_bins, kv_bins : int or sequence of int
-        Number of bins of about equally many observations per key, or edges that hold for all keys.
+    key_columns : sequence of KeyColumn
+        What a configuration is made of.
     upper_rank : callable
         Sample size → rank (from 1) of the order statistic that bounds P95 from above, or None.
 
     Notes
     -----
-    Tables made: ``prefill``, ``prefill_bins``, ``decode`` and ``decode_bins`` (timed steps alone), ``output_length``,
-    ``quality``, ``run_sample`` and ``step_sample`` (a bounded number per key, picked by a hash of the run).
+    Tables made, with ``key_id`` for the configuration: ``prefill``, ``decode``, ``output_length``, ``quality``,
+    ``run_sample`` and ``step_sample`` (a bounded number per key, picked by a hash of the run).
     Means and deviations add up whole nanoseconds, so that they do not depend on the order of rows or threads.
     """
     _write_steps(connection)
     _write_prefill(connection, quantiles)
     _write_decode(connection, quantiles)
     _write_upper_bounds(connection, upper_rank)
-    _write_bins(connection, "prefill_bins", "accepted_runs", "prompt_tokens", "prefill_ms", prompt_bins, quantiles)
-    _write_bins(connection, "decode_bins", "steps", "kv_len", "step_ms", kv_bins, quantiles)
-    _write_samples(connection)
+    _write_samples(connection, key_columns)
     _write_output_length(connection)
     _write_quality(connection)
 
@@ -83,13 +79,13 @@ def _write_steps(connection: duckdb.DuckDBPyConnection) -> None:
         CREATE OR REPLACE VIEW steps AS
         WITH numbered AS (
             SELECT
-                source_id, "row", tier, top_k, num_blocks, prompt_tokens,
+                source_id, "row", key_id, prompt_tokens,
                 unnest(decode_steps_ms) AS step_ms,
                 unnest(coalesce(step_positions, range(1, len(decode_steps_ms) + 1)::INTEGER[])) AS position
             FROM accepted_runs
             WHERE timed
         )
-        SELECT source_id, "row", tier, top_k, num_blocks, position, prompt_tokens + position AS kv_len, step_ms
+        SELECT source_id, "row", key_id, position, prompt_tokens + position AS kv_len, step_ms
         FROM numbered
         """
     )
@@ -101,7 +97,7 @@ def _write_prefill(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[fl
         CREATE OR REPLACE TABLE prefill AS
         WITH grouped AS (
             SELECT
-                tier, top_k, num_blocks,
+                key_id,
                 count(*) AS n_values,
                 {_quantile_list("prefill_ms", quantiles)},
                 {_moments("prefill_ms")},
@@ -111,10 +107,10 @@ def _write_prefill(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[fl
                 min(prompt_tokens) AS prompt_tokens_min,
                 max(prompt_tokens) AS prompt_tokens_max
             FROM accepted_runs
-            GROUP BY tier, top_k, num_blocks
+            GROUP BY key_id
         )
         SELECT
-            tier, top_k, num_blocks, n_values AS n, {_quantile_columns(quantiles)}, NULL::DOUBLE AS p95_upper_ms,
+            key_id, n_values AS n, {_quantile_columns(quantiles)}, NULL::DOUBLE AS p95_upper_ms,
             sum_ns / n_values / 1e6 AS mean_ms, {_STD}, min_ms, max_ms,
             prompt_tokens_p50, prompt_tokens_min, prompt_tokens_max
         FROM grouped
@@ -128,7 +124,7 @@ def _write_decode(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[flo
         CREATE OR REPLACE TABLE decode AS
         WITH of_runs AS (
             SELECT
-                tier, top_k, num_blocks,
+                key_id,
                 count(*) AS n,
                 CAST(sum(output_tokens - 1) AS BIGINT) AS n_steps,
                 count(*) FILTER (clamped) AS n_clamped,
@@ -137,24 +133,24 @@ def _write_decode(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[flo
                     / sum(output_tokens - 1) / 1e6 AS of_totals_ms
             FROM accepted_runs
             WHERE output_tokens >= 2
-            GROUP BY tier, top_k, num_blocks
+            GROUP BY key_id
         ),
         of_steps AS (
             SELECT
-                tier, top_k, num_blocks,
+                key_id,
                 count(*) AS n_values,
                 {_quantile_list("step_ms", quantiles)},
                 {_moments("step_ms")}
             FROM steps
-            GROUP BY tier, top_k, num_blocks
+            GROUP BY key_id
         )
         SELECT
-            tier, top_k, num_blocks, n, n_steps, n_clamped, {_quantile_columns(quantiles)},
+            key_id, n, n_steps, n_clamped, {_quantile_columns(quantiles)},
             NULL::DOUBLE AS p95_upper_ms,
             coalesce(sum_ns / n_values / 1e6, of_totals_ms) AS mean_ms, {_STD},
             CASE WHEN n_timed > 0 THEN 'timed' ELSE 'totals' END AS steps,
             n_timed
-        FROM of_runs LEFT JOIN of_steps USING (tier, top_k, num_blocks)
+        FROM of_runs LEFT JOIN of_steps USING (key_id)
         """
     )
 
@@ -177,84 +173,35 @@ def _write_upper_bounds(connection: duckdb.DuckDBPyConnection, upper_rank: Calla
             SET p95_upper_ms = bound.value
             FROM (
                 WITH wanted AS (
-                    SELECT tier, top_k, num_blocks, rank / size AS level, p95_ms
+                    SELECT key_id, rank / size AS level, p95_ms
                     FROM {table} JOIN upper_ranks ON upper_ranks.size = {table}.{count}
                 ),
                 sizes AS (
-                    SELECT tier, top_k, num_blocks, count(*) AS n_values
+                    SELECT key_id, count(*) AS n_values
                     FROM {relation}
-                    GROUP BY tier, top_k, num_blocks
+                    GROUP BY key_id
                 ),
                 tail AS (
                     SELECT
-                        tier, top_k, num_blocks, level, {value} AS value,
-                        row_number() OVER (PARTITION BY tier, top_k, num_blocks ORDER BY {value} DESC) AS from_top
-                    FROM {relation} JOIN wanted USING (tier, top_k, num_blocks)
+                        key_id, level, {value} AS value,
+                        row_number() OVER (PARTITION BY key_id ORDER BY {value} DESC) AS from_top
+                    FROM {relation} JOIN wanted USING (key_id)
                     WHERE {value} >= p95_ms
                 )
-                SELECT tier, top_k, num_blocks, min(value) AS value
-                FROM tail JOIN sizes USING (tier, top_k, num_blocks)
+                SELECT key_id, min(value) AS value
+                FROM tail JOIN sizes USING (key_id)
                 WHERE from_top <= n_values - ceil(level * n_values - 1e-9) + 1
-                GROUP BY tier, top_k, num_blocks
+                GROUP BY key_id
             ) AS bound
-            WHERE bound.tier = target.tier AND bound.top_k = target.top_k AND bound.num_blocks = target.num_blocks
+            WHERE bound.key_id = target.key_id
             """
         )
 
 
-def _write_bins(
-    connection: duckdb.DuckDBPyConnection,
-    table: str,
-    relation: str,
-    place: str,
-    value: str,
-    bins: Bins,
-    quantiles: Sequence[float],
-) -> None:
-    if isinstance(bins, int):
-        bin_number = (
-            f"least(floor((sum(n) OVER upto - n / 2.0) * {bins} / sum(n) OVER (PARTITION BY tier, top_k, num_blocks)),"
-            f" {bins - 1})"
-        )
-    else:
-        bin_number = " + ".join(f"CAST({place} >= {edge} AS INTEGER)" for edge in bins)
-    connection.execute(
-        f"""
-        CREATE OR REPLACE TABLE {table} AS
-        WITH places AS (
-            SELECT tier, top_k, num_blocks, {place}, count(*) AS n
-            FROM {relation}
-            GROUP BY tier, top_k, num_blocks, {place}
-        ),
-        numbered AS (
-            SELECT tier, top_k, num_blocks, {place}, CAST({bin_number} AS BIGINT) AS bin
-            FROM places
-            WINDOW upto AS (PARTITION BY tier, top_k, num_blocks ORDER BY {place})
-        ),
-        grouped AS (
-            SELECT
-                tier, top_k, num_blocks, bin,
-                count(*) AS n,
-                count(DISTINCT (source_id, "row")) AS n_runs,
-                min({place}) AS least_{place},
-                max({place}) AS largest_{place},
-                CAST(sum({place}) AS DOUBLE) / count(*) AS mean_{place},
-                {_quantile_list(value, quantiles)}
-            FROM {relation} JOIN numbered USING (tier, top_k, num_blocks, {place})
-            GROUP BY tier, top_k, num_blocks, bin
-        )
-        SELECT
-            tier, top_k, num_blocks, bin, least_{place}, largest_{place}, mean_{place}, n, n_runs,
-            {_quantile_columns(quantiles)}
-        FROM grouped
-        ORDER BY tier, top_k, num_blocks, bin
-        """
-    )
-
-
-def _write_samples(connection: duckdb.DuckDBPyConnection) -> None:
+def _write_samples(connection: duckdb.DuckDBPyConnection, key_columns: Sequence[KeyColumn]) -> None:
     # Runs are picked by a hash of what they are, not of how long they took: so the order of the input does not
     # matter, nor the unit of time. Equal ones are told apart by the order of their times.
+    key = ", ".join(f"accepted_runs.{quote(column.name)}" for column in key_columns)
     connection.execute(
         f"""
         CREATE OR REPLACE TABLE run_sample AS
@@ -262,22 +209,23 @@ def _write_samples(connection: duckdb.DuckDBPyConnection) -> None:
             SELECT
                 source_id, "row",
                 row_number() OVER (
-                    PARTITION BY tier, top_k, num_blocks, prompt_tokens, output_tokens
+                    PARTITION BY key_id, prompt_tokens, output_tokens
                     ORDER BY prefill_ms, decode_ms, total_ms, run_hash
                 ) AS place
             FROM accepted_runs
         ),
         hashed AS (
             SELECT
-                source_id, "row", tier, top_k, num_blocks,
-                md5(concat_ws('|', tier, top_k, num_blocks, prompt_tokens, output_tokens, place)) AS run_hash,
-                workload, prompt_tokens, output_tokens, prefill_ms, decode_ms, total_ms, total_given, timed, clamped
+                source_id, "row", key_id,
+                md5(concat_ws('|', {key}, prompt_tokens, output_tokens, place)) AS run_hash,
+                workload, prompt_tokens, output_tokens, prefill_ms, decode_ms, total_ms,
+                total_given, one_pass, timed, clamped
             FROM accepted_runs JOIN alike USING (source_id, "row")
         )
         SELECT *
         FROM hashed
-        QUALIFY row_number() OVER (PARTITION BY tier, top_k, num_blocks ORDER BY run_hash) <= {SAMPLE_RUNS_PER_KEY}
-        ORDER BY tier, top_k, num_blocks, run_hash
+        QUALIFY row_number() OVER (PARTITION BY key_id ORDER BY run_hash) <= {SAMPLE_RUNS_PER_KEY}
+        ORDER BY key_id, run_hash
         """
     )
     # Whole runs, so that what the steps of a run have in common can be told.
@@ -288,12 +236,12 @@ def _write_samples(connection: duckdb.DuckDBPyConnection) -> None:
             SELECT source_id, "row", run_hash
             FROM run_sample
             WHERE timed
-            QUALIFY sum(output_tokens - 1) OVER (PARTITION BY tier, top_k, num_blocks ORDER BY run_hash)
+            QUALIFY sum(output_tokens - 1) OVER (PARTITION BY key_id ORDER BY run_hash)
                     - (output_tokens - 1) < {SAMPLE_STEPS_PER_KEY}
         )
-        SELECT tier, top_k, num_blocks, run_hash, position, kv_len, step_ms
+        SELECT key_id, run_hash, position, kv_len, step_ms
         FROM steps JOIN chosen USING (source_id, "row")
-        ORDER BY tier, top_k, num_blocks, run_hash, position
+        ORDER BY key_id, run_hash, position
         """
     )
 
@@ -316,13 +264,13 @@ def _write_quality(connection: duckdb.DuckDBPyConnection) -> None:
         CREATE OR REPLACE TABLE quality AS
         WITH grouped AS (
             SELECT
-                tier, top_k, num_blocks, workload,
+                key_id, workload,
                 count(*) AS n,
                 CAST(sum(CAST(round(accuracy * 1e9) AS HUGEINT)) AS DOUBLE) / count(*) / 1e9 AS accuracy,
                 CAST(sum(CAST(round(accuracy * accuracy * 1e9) AS HUGEINT)) AS DOUBLE) / count(*) / 1e9 AS mean_square
             FROM accepted_runs
             WHERE accuracy IS NOT NULL
-            GROUP BY tier, top_k, num_blocks, workload
+            GROUP BY key_id, workload
         ),
         spread AS (
             SELECT
@@ -333,7 +281,7 @@ def _write_quality(connection: duckdb.DuckDBPyConnection) -> None:
             FROM grouped
         )
         SELECT
-            tier, top_k, num_blocks, workload, n, accuracy,
+            key_id, workload, n, accuracy,
             accuracy - half AS accuracy_lower, accuracy + half AS accuracy_upper
         FROM spread
         """

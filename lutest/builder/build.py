@@ -7,7 +7,7 @@ import datetime
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,13 @@ import pandas as pd
 from lutest.builder.aggregate import write_aggregates
 from lutest.builder.clean import write_accepted_runs
 from lutest.builder.fit import FitInput, fit, upper_rank
+from lutest.builder.machines import find_mixed, refuse_mixed
 from lutest.reader.errors import BuildError, ConfigError
+from lutest.reader.figures import KeyColumn
 from lutest.reader.file import read_figures
-from lutest.reader.names import SCHEMA_VERSION
-from lutest.runs.configuration import DEFAULT_CONFIG, BuildConfig, load_config, parse_config
-from lutest.runs.sources import Source, printable
+from lutest.reader.names import SCHEMA_VERSION, quote
+from lutest.runs.configuration import DEFAULT_CONFIG, BuildConfig, Config, resolve_config
+from lutest.runs.sources import Source, list_sources, listed, printable
 from lutest.runs.work import read_runs, work_database
 from lutest.tablefile.store import locked, temporary_path, write_table
 
@@ -76,22 +78,27 @@ class BuildSummary:
 
 
 def build(
-    config: str | os.PathLike[str] | Mapping[str, object] | BuildConfig = DEFAULT_CONFIG,
+    config: Config | None = None,
     *,
     runs: Source | Sequence[Source] | None = None,
     output: str | os.PathLike[str] | None = None,
+    mixed: bool = False,
     progress: Progress | None = None,
 ) -> BuildSummary:
     """Build a latency table from profiled runs.
 
     Parameters
     ----------
-    config : path, mapping or BuildConfig
-        A ``build.yaml``, or its content. Paths in it are relative to its folder.
+    config : path, mapping or BuildConfig, optional
+        A ``build.yaml``, or its content. Paths in it are relative to its folder. Without it, and without `runs`, it
+        is ``tables/build.yaml``.
     runs : path, DataFrame, or sequence of them, optional
         Sources instead of those of the configuration; paths are relative to the current folder.
     output : path, optional
         Where to write instead of the configuration's ``output``; relative to the current folder.
+    mixed : bool
+        Whether runs of several models or devices that no key column tells apart may share their figures; the table
+        then says so.
     progress : callable, optional
         Called with (what, done, total) now and then.
 
@@ -108,39 +115,56 @@ def build(
     """
     started = time.perf_counter()
     settings = _settings(config, runs is not None)
-    target = Path(output) if output is not None else settings.output_path
-    if output is None and not settings.output:
-        raise ConfigError("no output: give `output` in the configuration, or as an argument")
-    given, base = (settings.sources, settings.base) if runs is None else (_listed(runs), Path())
-    with locked(target) as replaced, work_database(temporary_path(replaced)) as connection:
+    given, base = (settings.sources, settings.base) if runs is None else (listed(runs), Path())
+    target = _target(settings, output)
+    files = list_sources([source for source in given if not isinstance(source, pd.DataFrame)], base)
+    with locked(target, files) as replaced, work_database(temporary_path(replaced)) as connection:
         try:
-            read_runs(connection, given, settings, base, progress)
+            key_columns = read_runs(connection, given, settings, base, progress)
+            machines = find_mixed(connection)
+            if machines and not mixed:
+                refuse_mixed(connection, machines, key_columns)
             n_kept = write_accepted_runs(connection, settings.cleaning.outliers, settings.cleaning.k)
             _require_runs(connection)
-            write_aggregates(connection, settings.quantiles, settings.prompt_bins, settings.kv_bins, upper_rank)
+            write_aggregates(connection, settings.quantiles, key_columns, upper_rank)
             fit_started = time.perf_counter()
-            _fit(connection, settings.quantiles)
+            relations = _fit(connection, settings.quantiles, key_columns)
             fit_seconds = time.perf_counter() - fit_started
-            _write_accounts(connection)
+            _write_accounts(connection, key_columns)
         except _NO_ROOM as error:
             raise BuildError(f"{target}: the build ran out of room: {str(error).splitlines()[0]}") from error
         meta = _meta(connection, settings, fit_seconds)
-        digest = write_table(connection, replaced, _RELATIONS, settings.quantiles, meta, read_figures)
+        if machines:
+            meta["mixed"] = json.dumps(
+                {"model": [], "device": []} | {name: list(held) for name, held in machines.items()}
+            )
+        digest = write_table(connection, replaced, relations, settings.quantiles, key_columns, meta, read_figures)
         return _summary(connection, target, digest, n_kept, fit_seconds, time.perf_counter() - started)
 
 
-def _settings(config: str | os.PathLike[str] | Mapping[str, object] | BuildConfig, has_runs: bool) -> BuildConfig:
-    if isinstance(config, BuildConfig):
-        return config
-    if isinstance(config, Mapping):
-        return parse_config(config)
-    if has_runs and Path(config) == DEFAULT_CONFIG:
-        return BuildConfig()
-    return load_config(config)
+def _settings(config: Config | None, has_runs: bool) -> BuildConfig:
+    if config is None and not has_runs:
+        if not DEFAULT_CONFIG.exists():
+            raise ConfigError(
+                f"nothing to build from: there is no {DEFAULT_CONFIG} here; name your runs and a table "
+                "(`lutest build RUNS… -o TABLE`), or a configuration (`lutest build --config FILE`)"
+            )
+        config = DEFAULT_CONFIG
+    settings = resolve_config(config)
+    if not has_runs and not settings.sources:
+        raise ConfigError("no runs: name them (`lutest build RUNS… -o TABLE`), or give `sources` in the configuration")
+    return settings
 
 
-def _listed(runs: Source | Sequence[Source]) -> Sequence[Source]:
-    return [runs] if isinstance(runs, str | os.PathLike | pd.DataFrame) else runs
+def _target(settings: BuildConfig, output: str | os.PathLike[str] | None) -> Path:
+    if output is not None and os.fspath(output):
+        return Path(output)
+    if not settings.output:
+        raise ConfigError(
+            "no output: name the table to write, such as `lutest build RUNS… -o table.duckdb`, "
+            "or give `output` in the configuration"
+        )
+    return settings.output_path
 
 
 def _require_runs(connection: duckdb.DuckDBPyConnection) -> None:
@@ -164,20 +188,11 @@ def _require_runs(connection: duckdb.DuckDBPyConnection) -> None:
     raise BuildError(f"no run is left to build on; {n} were rejected as {reason}, such as {where}: {detail}")
 
 
-_FITTED = ("decode", "prefill_curve", "decode_curve", "decode_total", "total")
-_RELATIONS = {
-    "prefill": "prefill",
-    "prefill_bins": "prefill_bins",
-    "decode_bins": "decode_bins",
-    **{name: f"fitted_{name}" for name in _FITTED},
-    "output_length": "output_length",
-    "quality": "quality",
-    "sources": "sources",
-    "rejected_runs": "rejected_runs",
-}
+def _fit(
+    connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float], key_columns: Sequence[KeyColumn]
+) -> dict[str, str]:
+    """Fit, name the keys of all figures again, and tell where the rows of each table of the file stand."""
 
-
-def _fit(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> None:
     def table(name: str) -> pd.DataFrame:
         return connection.execute(f"SELECT * FROM {name} ORDER BY ALL").df()
 
@@ -188,6 +203,8 @@ def _fit(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> N
     fitted = fit(
         FitInput(
             quantiles=quantiles,
+            key_columns=key_columns,
+            keys=table("keys").drop(columns="key_id"),
             prefill=table("prefill"),
             decode=table("decode"),
             run_sample=table("run_sample"),
@@ -197,14 +214,22 @@ def _fit(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> N
     )
     # A mean of 0 says that every run of the key was clamped, and nothing else of its steps.
     fitted.decode["mean_ms"] = fitted.decode["mean_ms"].where(fitted.decode["mean_ms"] > 0, fitted.decode["p50_ms"])
-    for name in _FITTED:
-        frame = getattr(fitted, name)
-        connection.register("fitted_frame", frame)
-        connection.execute(f"CREATE OR REPLACE TABLE fitted_{name} AS SELECT * FROM fitted_frame")
-        connection.unregister("fitted_frame")
+    relations = {name: name for name in ("output_length", "sources", "rejected_runs")}
+    for name in ("prefill", "quality", *_FITTED):
+        relations[name] = f"named_{name}"
+        rows = name
+        if name in _FITTED:
+            connection.register("fitted_rows", getattr(fitted, name))
+            rows = "fitted_rows"
+        connection.execute(f"CREATE OR REPLACE TABLE named_{name} AS SELECT * FROM keys JOIN {rows} USING (key_id)")
+    connection.unregister("fitted_rows")
+    return relations
 
 
-def _write_accounts(connection: duckdb.DuckDBPyConnection) -> None:
+_FITTED = ("decode", "prefill_curve", "decode_curve", "decode_total", "total")
+
+
+def _write_accounts(connection: duckdb.DuckDBPyConnection, key_columns: Sequence[KeyColumn]) -> None:
     connection.execute(
         """
         CREATE OR REPLACE TABLE sources AS
@@ -222,11 +247,12 @@ def _write_accounts(connection: duckdb.DuckDBPyConnection) -> None:
         """
     )
     connection.execute(
-        """
+        f"""
         CREATE OR REPLACE VIEW rejected_runs AS
         SELECT
             rejections.source_id, rejections."row", rejections.reason, rejections.detail,
-            tier, top_k, num_blocks, workload, prompt_tokens, output_tokens, prefill_ms, decode_ms, total_ms
+            {", ".join(quote(column.name) for column in key_columns)},
+            workload, prompt_tokens, output_tokens, prefill_ms, decode_ms, total_ms
         FROM rejections JOIN runs USING (source_id, "row")
         """
     )

@@ -106,7 +106,7 @@ def _reject_outliers(connection: duckdb.DuckDBPyConnection, name: str, value: st
         f"""
         CREATE OR REPLACE TEMP TABLE judged AS
         WITH candidates AS (
-            SELECT source_id, "row", tier, top_k, num_blocks, ln(1 + prompt_tokens) AS x, {value} AS value,
+            SELECT source_id, "row", key_id, ln(1 + prompt_tokens) AS x, {value} AS value,
                 ln({value}) AS y
             FROM runs ANTI JOIN rejections USING (source_id, "row")
             WHERE {condition}
@@ -115,25 +115,25 @@ def _reject_outliers(connection: duckdb.DuckDBPyConnection, name: str, value: st
             SELECT
                 *,
                 floor(
-                    (row_number() OVER (PARTITION BY tier, top_k, num_blocks ORDER BY x, y) - 1)
-                    * least({MOST_BINS}, greatest(count(*) OVER (PARTITION BY tier, top_k, num_blocks) // 8, 1))
-                    / count(*) OVER (PARTITION BY tier, top_k, num_blocks)
+                    (row_number() OVER (PARTITION BY key_id ORDER BY x, y) - 1)
+                    * least({MOST_BINS}, greatest(count(*) OVER (PARTITION BY key_id) // 8, 1))
+                    / count(*) OVER (PARTITION BY key_id)
                 ) AS bin
             FROM candidates
         ),
         medians AS (
-            SELECT tier, top_k, num_blocks, median(x) AS centre, median(y) AS level
+            SELECT key_id, median(x) AS centre, median(y) AS level
             FROM binned
-            GROUP BY tier, top_k, num_blocks, bin
+            GROUP BY key_id, bin
         ),
         centres AS (
-            SELECT tier, top_k, num_blocks, centre, median(level) AS level
+            SELECT key_id, centre, median(level) AS level
             FROM medians
-            GROUP BY tier, top_k, num_blocks, centre
+            GROUP BY key_id, centre
         ),
         segments AS (
             SELECT
-                tier, top_k, num_blocks, centre, level,
+                key_id, centre, level,
                 CASE WHEN lag(centre) OVER along IS NULL THEN -1 ELSE centre END AS start,
                 coalesce(
                     (lead(level) OVER along - level) / (lead(centre) OVER along - centre),
@@ -141,28 +141,25 @@ def _reject_outliers(connection: duckdb.DuckDBPyConnection, name: str, value: st
                     0
                 ) AS slope
             FROM centres
-            WINDOW along AS (PARTITION BY tier, top_k, num_blocks ORDER BY centre)
+            WINDOW along AS (PARTITION BY key_id ORDER BY centre)
         ),
         residuals AS (
             SELECT candidates.*, y - (level + slope * (x - centre)) AS residual
             FROM candidates ASOF JOIN segments
-                ON candidates.tier = segments.tier
-                AND candidates.top_k = segments.top_k
-                AND candidates.num_blocks = segments.num_blocks
-                AND candidates.x >= segments.start
+                ON candidates.key_id = segments.key_id AND candidates.x >= segments.start
         ),
         fences AS (
             SELECT
-                tier, top_k, num_blocks,
+                key_id,
                 quantile_cont(residual, 0.25) AS q1,
                 quantile_cont(residual, 0.75) AS q3,
                 $k * greatest(q3 - q1, {LEAST_SPREAD}) AS reach
             FROM residuals
-            GROUP BY tier, top_k, num_blocks
+            GROUP BY key_id
             HAVING count(*) >= {LEAST_RUNS} AND q3 > q1
         )
         SELECT source_id, "row", value, residual < q1 - reach AS low, residual > q3 + reach AS high
-        FROM residuals JOIN fences USING (tier, top_k, num_blocks)
+        FROM residuals JOIN fences USING (key_id)
         """,
         {"k": k},
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -11,10 +11,11 @@ import pandas as pd
 
 from lutest.builder.clean import write_accepted_runs
 from lutest.reader.errors import SourceError
-from lutest.reader.figures import Key
+from lutest.reader.figures import described_key
+from lutest.reader.names import quote
 from lutest.reader.table import LatencyTable
-from lutest.runs.configuration import BuildConfig, load_config, parse_config
-from lutest.runs.sources import Source
+from lutest.runs.configuration import Config, config_of_meta, resolve_config
+from lutest.runs.sources import Source, listed
 from lutest.runs.work import read_runs
 
 __all__ = ["match_runs"]
@@ -26,7 +27,7 @@ def match_runs(
     connection: duckdb.DuckDBPyConnection,
     table: LatencyTable,
     runs: Source | Sequence[Source],
-    config: str | os.PathLike[str] | Mapping[str, object] | BuildConfig | None = None,
+    config: Config | None = None,
     progress: Progress | None = None,
 ) -> dict[str, int]:
     """Read runs into the view ``matched_runs``: columns of ``accepted_runs`` and ``key_id``, the place in the table.
@@ -42,7 +43,8 @@ def match_runs(
     runs : path, DataFrame, or sequence of them
         Sources of runs, as for a build; paths are relative to the current folder.
     config : path, mapping or BuildConfig, optional
-        Where `columns` and `time_unit` are taken from, when the sources have field names or units of their own.
+        Where `columns` and `time_unit` are taken from, when the runs have other field names or units than those that
+        the table was built from. The key is the table's in any case.
     progress : callable, optional
         Called with (what, done, total) now and then.
 
@@ -56,24 +58,27 @@ def match_runs(
     LutestError
         A source cannot be read, or no run is left.
     """
-    settings = _settings(config)
-    given = runs if isinstance(runs, list | tuple) else [runs]
-    read_runs(connection, given, settings, Path(), progress)
+    own = config_of_meta(table.meta)
+    settings = resolve_config(config, own)
+    columns = {name: settings.columns.get(name, rule) for name, rule in own.columns.items()}
+    settings = replace(settings, key=own.key, columns=columns)
+    read_runs(connection, listed(runs), settings, Path(), progress)
     write_accepted_runs(connection, "none", settings.cleaning.k)
-    frame = pd.DataFrame([(number, *key) for number, key in enumerate(table.keys)], columns=["key_id", *Key._fields])
+    names = ", ".join(quote(column.name) for column in table.figures.key_columns)
+    definitions = ", ".join(f"{quote(column.name)} {column.type}" for column in table.figures.key_columns)
+    frame = pd.DataFrame([(number, *key) for number, key in enumerate(table.keys)])
     connection.register("table_keys_frame", frame)
-    connection.execute("CREATE OR REPLACE TABLE table_keys AS SELECT * FROM table_keys_frame")
+    connection.execute(f"CREATE OR REPLACE TABLE table_keys (key_id BIGINT, {definitions})")
+    connection.execute("INSERT INTO table_keys SELECT * FROM table_keys_frame")
     connection.unregister("table_keys_frame")
     connection.execute(
-        "CREATE OR REPLACE VIEW matched_runs AS "
-        "SELECT key_id, accepted_runs.* FROM accepted_runs JOIN table_keys USING (tier, top_k, num_blocks)"
+        "CREATE OR REPLACE VIEW matched_runs AS SELECT table_keys.key_id, accepted_runs.* EXCLUDE (key_id) "
+        f"FROM accepted_runs JOIN table_keys USING ({names})"
     )
     rejected = connection.execute(
         "SELECT reason, count(*) AS n FROM rejections GROUP BY reason ORDER BY n DESC, reason"
     ).fetchall()
-    unknown = connection.execute(
-        "SELECT count(*) FROM accepted_runs ANTI JOIN table_keys USING (tier, top_k, num_blocks)"
-    ).fetchone()
+    unknown = connection.execute(f"SELECT count(*) FROM accepted_runs ANTI JOIN table_keys USING ({names})").fetchone()
     left_out: dict[str, int] = dict(rejected)
     if unknown is not None and unknown[0]:
         left_out["configuration not in the table"] = unknown[0]
@@ -82,24 +87,16 @@ def match_runs(
     return left_out
 
 
-def _settings(config: str | os.PathLike[str] | Mapping[str, object] | BuildConfig | None) -> BuildConfig:
-    if config is None:
-        return BuildConfig()
-    if isinstance(config, BuildConfig):
-        return config
-    return parse_config(config) if isinstance(config, Mapping) else load_config(config)
-
-
 def _no_runs(connection: duckdb.DuckDBPyConnection, table: LatencyTable, left_out: Mapping[str, int]) -> str:
     if not left_out:
         return "the sources hold no runs at all"
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items())
-    example = connection.execute(
-        'SELECT tier, top_k, num_blocks FROM accepted_runs ORDER BY source_id, "row" LIMIT 1'
-    ).fetchone()
+    columns = table.figures.key_columns
+    names = ", ".join(quote(column.name) for column in columns)
+    example = connection.execute(f'SELECT {names} FROM accepted_runs ORDER BY source_id, "row" LIMIT 1').fetchone()
     if example is None:
         return f"no run is left to judge the table by: {reasons}"
     return (
-        f"no run is left to judge the table by: {reasons}; the runs have (tier, top_k, num_blocks) such as "
-        f"{tuple(example)}, the table such as {tuple(table.keys[0])}"
+        f"no run is left to judge the table by: {reasons}; the runs have configurations such as "
+        f"{described_key(columns, example)}, the table such as {described_key(columns, table.keys[0])}"
     )

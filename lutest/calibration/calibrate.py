@@ -11,13 +11,14 @@ from pathlib import Path
 
 import duckdb
 
+from lutest.builder.machines import find_mixed
 from lutest.builder.matched_runs import match_runs
 from lutest.calibration.calibrated_rows import write_calibrated_rows
 from lutest.calibration.maps import KeyMaps
 from lutest.calibration.online import OnlineCalibrator
 from lutest.calibration.paired_runs import MOST_RUNS, pair_runs, pair_steps
 from lutest.calibration.table_maps import StageCalibration, fit_maps
-from lutest.reader.errors import ArgumentError
+from lutest.reader.errors import ArgumentError, SourceError
 from lutest.reader.figures import Key
 from lutest.reader.file import read_figures
 from lutest.reader.loading import load
@@ -26,6 +27,7 @@ from lutest.runs.configuration import BuildConfig
 from lutest.runs.sources import Source
 from lutest.runs.work import work_database
 from lutest.tablefile.store import locked, temporary_path, write_table
+from lutest.tablefile.verify import verify
 
 __all__ = ["Calibration", "StageCalibration", "calibrate"]
 
@@ -79,7 +81,7 @@ def calibrate(
     output : path
         The new table. Its rows say ``calibrated``; the old table's rows are in its schema ``parent``.
     config : path, mapping or BuildConfig, optional
-        Where `columns` and `time_unit` are taken from, when the sources have field names or units of their own.
+        Where `columns` and `time_unit` are taken from. Left out: from the table's own build.
     progress : callable, optional
         Called with (what, done, total) now and then.
 
@@ -95,13 +97,14 @@ def calibrate(
     Notes
     -----
     Per stage, a P50 of t becomes ``max(scale · t + offset, least)``. Configurations share what runs do not tell apart,
-    so ten runs end in one scale and many in a scale of each; see `lutest.calibrate.stage_fit`. The other quantiles
-    are re-calibrated on runs that the map did not see; see `lutest.calibrate.spread_fit`.
+    so ten runs end in one scale and many in a scale of each; see `lutest.calibration.stage_fit`. The other quantiles
+    are stretched to fit runs that the map did not see; see `lutest.calibration.table_maps`.
     """
     parent = Path(table)
-    held = load(parent, verify=True)
+    verify(parent)
+    held = load(parent)
     target = Path(output)
-    with locked(target) as replaced, work_database(temporary_path(replaced)) as connection:
+    with locked(target, [parent]) as replaced, work_database(temporary_path(replaced)) as connection:
         if isinstance(runs, OnlineCalibrator):
             _require_same(runs, held)
             left_out: dict[str, int] = {}
@@ -111,6 +114,10 @@ def calibrate(
             meta: dict[str, str] = {}
         else:
             left_out = match_runs(connection, held, runs, config, progress)
+            for name, values in find_mixed(connection).items():
+                raise SourceError(
+                    f"runs of several {name}s: {', '.join(values)}; a table becomes one of them at a time"
+                )
             pairs = pair_runs(connection, held)
             maps, prefill, decode = fit_maps(held.figures, *pairs, pair_steps(connection, held))
             n_runs = len(pairs[0].key_id)
@@ -120,7 +127,8 @@ def calibrate(
         relations = write_calibrated_rows(connection, parent, held.figures, maps)
         kept = {name: value for name, value in held.meta.items() if name != "content_hash"}
         meta = {**kept, **meta, **_meta(held, maps, n_runs, sources)}
-        digest = write_table(connection, replaced, relations, held.quantiles, meta, read_figures, parent)
+        columns = held.figures.key_columns
+        digest = write_table(connection, replaced, relations, held.quantiles, columns, meta, read_figures, parent)
     return Calibration(target, digest, held.meta["content_hash"], n_runs, left_out, prefill, decode)
 
 
@@ -169,5 +177,5 @@ def _meta(
         "built_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "parent_content_hash": table.meta["content_hash"],
         "calibration": json.dumps({"n_runs": n_runs, "runs": sources}),
-        "calibration_maps": json.dumps([{**key._asdict(), **asdict(held)} for key, held in maps.items()]),
+        "calibration_maps": json.dumps([{"key": key, **asdict(held)} for key, held in maps.items()]),
     }

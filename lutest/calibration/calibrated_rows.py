@@ -8,15 +8,13 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 
-from lutest.calibration.maps import CALIBRATED, KeyMaps, StageMap, mapped_figures, mapped_quantiles
+from lutest.calibration.maps import CALIBRATED, KeyMaps, mapped_figures
 from lutest.reader.curves import key_pieces
 from lutest.reader.figures import Curve, Figures, Key, TotalRatios
-from lutest.reader.names import KEY_COLUMNS, quantile_column, quantile_suffix, quote
+from lutest.reader.names import literal, quantile_column, quantile_suffix, quote
 from lutest.tablefile.schema import TABLES
 
 __all__ = ["write_calibrated_rows"]
-
-_KEYS = list(KEY_COLUMNS)
 
 
 def write_calibrated_rows(
@@ -44,21 +42,19 @@ def write_calibrated_rows(
         Table → relation.
     """
     relations = {name: f"calibrated_{name}" for name in TABLES if name != "meta"}
-    quoted = str(parent).replace("'", "''")
-    connection.execute(f"ATTACH '{quoted}' AS parent_table (READ_ONLY)")
+    connection.execute(f"ATTACH {literal(parent)} AS parent_table (READ_ONLY)")
     for name, relation in relations.items():
         connection.execute(f"CREATE TABLE {relation} AS SELECT * FROM parent_table.main.{quote(name)}")
     connection.execute("DETACH parent_table")
     _update_quantiles(connection, mapped_figures(figures, maps))
-    _update_stages(connection, maps)
-    for name, stage in (("prefill_bins", "prefill"), ("decode_bins", "decode_step")):
-        _update_bins(connection, name, {key: getattr(held, stage) for key, held in maps.items()}, figures.quantiles)
+    _update_moments(connection, figures, maps)
     for name in ("prefill_curve", "decode_curve", "decode_total"):
         connection.execute(f"UPDATE calibrated_{name} SET source = ?", [CALIBRATED])
     return relations
 
 
 def _update_quantiles(connection: duckdb.DuckDBPyConnection, mapped: Figures) -> None:
+    names = [column.name for column in mapped.key_columns]
     columns = [quantile_column(q) for q in mapped.quantiles]
     ratios = [f"{quantile_suffix(q)}_ratio" for q in mapped.quantiles]
     correlations = [f"{quantile_suffix(q)}_correlation" for q in mapped.quantiles]
@@ -85,7 +81,7 @@ def _update_quantiles(connection: duckdb.DuckDBPyConnection, mapped: Figures) ->
         ("total", [], correlations),
     ):
         if rows[name]:
-            _update(connection, f"calibrated_{name}", pd.DataFrame(rows[name], columns=[*_KEYS, *at, *values]), values)
+            _update(connection, f"calibrated_{name}", pd.DataFrame(rows[name], columns=[*names, *at, *values]), values)
 
 
 def _curve_rows(key: Key, curve: Curve) -> list[tuple[object, ...]]:
@@ -96,45 +92,30 @@ def _ratio_rows(key: Key, totals: TotalRatios) -> list[tuple[object, ...]]:
     return [(*key, steps, *ratios) for steps, *ratios in zip(totals.decode_steps, *totals.ratios, strict=True)]
 
 
-def _update_stages(connection: duckdb.DuckDBPyConnection, maps: Mapping[Key, KeyMaps]) -> None:
-    """Figures that are no quantiles."""
-    names = ["scale", "offset_ms", "least_ms"]
-    for stage, table, mapped in (
-        ("prefill", "prefill", ("mean_ms", "min_ms", "max_ms")),
-        ("decode_step", "decode", ("mean_ms",)),
+def _update_moments(connection: duckdb.DuckDBPyConnection, figures: Figures, maps: Mapping[Key, KeyMaps]) -> None:
+    """Figures that are no quantiles: means and extremes are mapped as a P50 is, deviations scaled."""
+    keys = [column.name for column in figures.key_columns]
+    for name, stage, columns in (
+        ("prefill", "prefill", ["mean_ms", "min_ms", "max_ms", "std_ms"]),
+        ("decode", "decode_step", ["mean_ms", "std_ms"]),
     ):
-        rows = [(*key, *(getattr(getattr(held, stage), name) for name in names)) for key, held in maps.items()]
-        connection.register("stage_maps_frame", pd.DataFrame(rows, columns=[*_KEYS, *names]))
-        changes = [f"{name} = greatest({name} * scale + offset_ms, least_ms)" for name in mapped]
-        changes += ["std_ms = std_ms * scale", "p95_upper_ms = NULL"]
-        connection.execute(
-            f"UPDATE calibrated_{table} SET {', '.join(changes)} FROM stage_maps_frame AS maps "
-            f"WHERE {_same(f'calibrated_{table}', 'maps', _KEYS)}"
-        )
-        connection.unregister("stage_maps_frame")
-
-
-def _update_bins(
-    connection: duckdb.DuckDBPyConnection, name: str, maps: Mapping[Key, StageMap], quantiles: Sequence[float]
-) -> None:
-    columns = [quantile_column(q) for q in quantiles]
-    median = quantiles.index(0.5)
-    held = connection.execute(f"SELECT {', '.join([*_KEYS, 'bin', *columns])} FROM calibrated_{name}").fetchall()
-    rows = [(*row[:4], *mapped_quantiles(row[4:], maps[Key(*row[:3])], median)) for row in held]
-    if rows:
-        _update(connection, f"calibrated_{name}", pd.DataFrame(rows, columns=[*_KEYS, "bin", *columns]), columns)
+        held = connection.execute(f"SELECT {', '.join(map(quote, keys + columns))} FROM calibrated_{name}").fetchall()
+        rows = []
+        for row in held:
+            key, (*values_ms, deviation_ms) = row[: len(keys)], row[len(keys) :]
+            stage_map = getattr(maps[key], stage)
+            scaled = None if deviation_ms is None else stage_map.scale * deviation_ms
+            rows.append((*key, *map(stage_map.p50_ms, values_ms), scaled))
+        if rows:
+            _update(connection, f"calibrated_{name}", pd.DataFrame(rows, columns=keys + columns), columns)
+        connection.execute(f"UPDATE calibrated_{name} SET p95_upper_ms = NULL")
 
 
 def _update(connection: duckdb.DuckDBPyConnection, relation: str, frame: pd.DataFrame, columns: Sequence[str]) -> None:
     """Set columns to those of the frame where all the others are equal."""
     connection.register("mapped_frame", frame)
     changes = ", ".join(f"{quote(column)} = mapped.{quote(column)}" for column in columns)
-    places = [column for column in frame.columns if column not in columns]
-    connection.execute(
-        f"UPDATE {relation} SET {changes} FROM mapped_frame AS mapped WHERE {_same(relation, 'mapped', places)}"
-    )
+    places = [quote(column) for column in frame.columns if column not in columns]
+    same = " AND ".join(f"{relation}.{place} = mapped.{place}" for place in places)
+    connection.execute(f"UPDATE {relation} SET {changes} FROM mapped_frame AS mapped WHERE {same}")
     connection.unregister("mapped_frame")
-
-
-def _same(one: str, other: str, columns: Sequence[str]) -> str:
-    return " AND ".join(f"{one}.{quote(column)} = {other}.{quote(column)}" for column in columns)

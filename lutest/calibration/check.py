@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lutest.builder.matched_runs import match_runs
-from lutest.calibration.drift import DRIFT_TOLERANCE, Coverage, Drift, judge_drift, tolerated_factors
+from lutest.calibration.coverage import TOLERANCE, Check, Coverage, adjusted_tests, tolerated_factors
 from lutest.reader.figures import Key
 from lutest.reader.loading import load
 from lutest.reader.table import LatencyTable
@@ -19,37 +18,11 @@ from lutest.runs.configuration import BuildConfig
 from lutest.runs.sources import Source
 from lutest.runs.work import work_database
 
-__all__ = ["Check", "check"]
+__all__ = ["check"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Check:
-    """What `check` found.
-
-    Attributes
-    ----------
-    table : str
-        Path of the table; empty for one in memory.
-    n_runs : int
-        Runs that the table was held against.
-    left_out : dict
-        Why other runs were not → how many.
-    drift : Drift
-        The tests, and whether the table holds.
-    """
-
-    table: str
-    n_runs: int
-    left_out: dict[str, int]
-    drift: Drift
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
-        return {"table": self.table, "n_runs": self.n_runs, "left_out": self.left_out, **self.drift.as_dict()}
 
 
 def check(
@@ -57,7 +30,7 @@ def check(
     runs: Source | Sequence[Source],
     *,
     false_alarm_rate: float = 0.01,
-    tolerance: float = DRIFT_TOLERANCE,
+    tolerance: float = TOLERANCE,
     config: str | os.PathLike[str] | Mapping[str, object] | BuildConfig | None = None,
     progress: Progress | None = None,
 ) -> Check:
@@ -79,7 +52,7 @@ def check(
         How much slower or faster still counts as the same, as a fraction; 0 or more and below 0.5. Two sessions on the
         same machine differ by a percent or two.
     config : path, mapping or BuildConfig, optional
-        Where `columns` and `time_unit` are taken from, when the sources have field names or units of their own.
+        Where `columns` and `time_unit` are taken from. Left out: from the table's own build.
     progress : callable, optional
         Called with (what, done, total) now and then.
 
@@ -96,9 +69,9 @@ def check(
     Notes
     -----
     The quantiles of the table are uncertain themselves, and the tests account for it: see
-    `lutest.drift.exceedance_tail`.
+    `lutest.calibration.coverage.exceedance_tail`.
     """
-    judge_drift([], false_alarm_rate)  # before any work
+    adjusted_tests([], false_alarm_rate)  # before any work
     tolerated = tolerated_factors(tolerance)
     held = table if isinstance(table, LatencyTable) else load(table)
     with work_database() as connection:
@@ -111,12 +84,11 @@ def check(
             """
         ).fetchnumpy()
     observed = {name: np.asarray(values) for name, values in columns.items()}
-    coverages = _coverages(held, observed, tolerated)
-    return Check(held.path, len(observed["key_id"]), left_out, judge_drift(coverages, false_alarm_rate))
+    tests = adjusted_tests(_coverages(held, observed, tolerated), false_alarm_rate)
+    return Check(held.path, held.key_columns, len(observed["key_id"]), left_out, false_alarm_rate, tests)
 
 
 def _coverages(table: LatencyTable, runs: dict[str, NDArray[Any]], tolerated: tuple[float, float]) -> list[Coverage]:
-    levels = [q for q in (0.5, 0.95) if q in table.quantiles]
     key_id, prompt, output = runs["key_id"], runs["prompt_tokens"], runs["output_tokens"]
     has_decode = np.array([key.decode_curve is not None for key in table.figures.keys])
     several = (output >= 2) & has_decode[key_id]
@@ -130,7 +102,7 @@ def _coverages(table: LatencyTable, runs: dict[str, NDArray[Any]], tolerated: tu
     found = []
     for stage, (chosen, values, predict) in stages.items():
         lengths = (prompt[chosen],) if stage == "prefill" else (prompt[chosen], output[chosen])
-        predicted = {q: predict(key_id[chosen], *lengths, q) for q in levels}
+        predicted = {q: predict(key_id[chosen], *lengths, q) for q in (0.5, 0.95)}
         found += _stage_coverages(table, stage, key_id[chosen], values[chosen], predicted, tolerated)
     return found
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from lutest.reader.figures import Curve, Figures, Key, KeyFigures, Summary, TotalRatios
 
-__all__ = ["CALIBRATED", "IDENTITY", "KeyMaps", "StageMap", "mapped_figures", "mapped_key", "mapped_quantiles"]
+__all__ = ["CALIBRATED", "IDENTITY", "KeyMaps", "StageMap", "mapped_figures", "mapped_key"]
 
 CALIBRATED = "calibrated"
 
@@ -71,7 +71,7 @@ class KeyMaps:
     correlations: tuple[float, ...] = ()
 
 
-def mapped_figures(figures: Figures, maps: Mapping[Key, KeyMaps], source: str = CALIBRATED) -> Figures:
+def mapped_figures(figures: Figures, maps: Mapping[Key, KeyMaps]) -> Figures:
     """A whole table with the latencies of each configuration mapped.
 
     Parameters
@@ -80,8 +80,6 @@ def mapped_figures(figures: Figures, maps: Mapping[Key, KeyMaps], source: str = 
         The table.
     maps : mapping
         Configuration → its maps; every configuration of the table.
-    source : str
-        What the new figures say as their source.
 
     Returns
     -------
@@ -89,17 +87,20 @@ def mapped_figures(figures: Figures, maps: Mapping[Key, KeyMaps], source: str = 
         Sample sizes stay: the shapes still rest on them. Bounds of P95 do not hold any more, and are None.
     """
     median = figures.quantiles.index(0.5)
-    return replace(figures, keys=tuple(mapped_key(held, maps[held.key], median, source) for held in figures.keys))
+    return replace(figures, keys=tuple(mapped_key(held, maps[held.key], median) for held in figures.keys))
 
 
-def mapped_key(figures: KeyFigures, maps: KeyMaps, median: int, source: str = CALIBRATED) -> KeyFigures:
-    """The figures of one configuration mapped; `median` is the place of 0.5 among the quantiles."""
-    prefill_curve = _mapped_curve(figures.prefill_curve, maps.prefill, median, source)
+def mapped_key(figures: KeyFigures, maps: KeyMaps, median: int) -> KeyFigures:
+    """The figures of one configuration mapped; `median` is the place of 0.5 among the quantiles.
+
+    Their source is ``calibrated``; that of a configuration which was filled in stays, for it says how.
+    """
+    source = CALIBRATED if figures.source == "measured" else figures.source
     typical_ms = _at_nearest_knot(figures.prefill_curve, figures.prompt_tokens_p50)
     mapped = replace(
         figures,
         prefill=_mapped_summary(figures.prefill, maps.prefill, median, typical_ms),
-        prefill_curve=prefill_curve,
+        prefill_curve=_mapped_curve(figures.prefill_curve, maps.prefill, median, source),
         correlations=maps.correlations or figures.correlations,
         source=source,
     )
@@ -115,11 +116,11 @@ def mapped_key(figures: KeyFigures, maps: KeyMaps, median: int, source: str = CA
 
 
 def _mapped_curve(curve: Curve, stage: StageMap, median: int, source: str) -> Curve:
-    columns = [mapped_quantiles(values, stage, median) for values in zip(*curve.values_ms, strict=True)]
+    columns = [_mapped_quantiles(values, stage, median) for values in zip(*curve.values_ms, strict=True)]
     return Curve(curve.at, tuple(zip(*columns, strict=True)), curve.n, (source,) * len(curve.at))
 
 
-def mapped_quantiles(values_ms: Sequence[float], stage: StageMap, median: int) -> tuple[float, ...]:
+def _mapped_quantiles(values_ms: Sequence[float], stage: StageMap, median: int) -> tuple[float, ...]:
     """Quantiles at one length mapped."""
     after = stage.p50_ms(values_ms[median])
     return _rising(after * ratio for ratio in stage.ratios(values_ms, median))

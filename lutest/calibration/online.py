@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from math import exp, log
 from typing import Any, NamedTuple
 
-from lutest.calibration.drift import DRIFT_TOLERANCE, Coverage, Drift, judge_drift, tolerated_factors
+from lutest.calibration.coverage import TOLERANCE, Check, Coverage, adjusted_tests, tolerated_factors
 from lutest.calibration.maps import KeyMaps, StageMap, mapped_figures, mapped_key
-from lutest.calibration.ratio_histogram import BINS, BINS_PER_UNIT, MIDDLE, RatioHistogram
+from lutest.calibration.ratio_histogram import BINS_PER_UNIT, MIDDLE, RatioHistogram, add
 from lutest.reader.arguments import positive_ms, whole_number
+from lutest.reader.curves import sum_to, value_at
 from lutest.reader.entry import Entry
-from lutest.reader.errors import ArgumentError, NoDecodeDataError
-from lutest.reader.figures import Figures, Key
-from lutest.reader.search import Request, fitting
-from lutest.reader.table import LatencyTable, Tier
+from lutest.reader.errors import ArgumentError
+from lutest.reader.figures import Key
+from lutest.reader.table import LatencyTable
 
 __all__ = ["Factors", "OnlineCalibrator"]
 
-_STATE = "lutest online calibration 1"
-_LAST = BINS - 1
+_STATE = "lutest online calibration 2"
+_TAIL = 0.95
 _OFFSET = float(MIDDLE)
 _KEY_SHARE = 10.0  # observations of a configuration that count as much as all the others together
 _WEIGHT_LIMIT = 2.0**200  # beyond it all weights are brought back to 1
-_KEPT = 1e-3  # a corrected entry is kept while the factors stay this near
+_NEAR = 5e-3  # a corrected entry is kept while the factors stay this near
+_KEPT = 4096  # corrected entries, and lengths of a configuration, at most: a policy may ask for anything
 
-_Known = tuple[Any, Any, Any, Any, Any, Any, RatioHistogram, RatioHistogram]
+
+class _Known(NamedTuple):
+    """A configuration's entry, what it says of the lengths that were observed, for they repeat, and the observations.
+
+    `by_prompt` holds P50 and tail of prefill and the sum of the P50 steps up to there, `steps_to` that sum up to the
+    last step, and `by_output` P50 and tail of decode over the sum of its steps, None where nothing is known of decode.
+    """
+
+    entry: Entry
+    by_prompt: dict[int, tuple[float, float, float]]
+    steps_to: dict[int, float]
+    by_output: dict[int, tuple[float, float] | None]
+    prefill: RatioHistogram
+    decode: RatioHistogram
+
+
+def _known(entry: Entry) -> _Known:
+    return _Known(entry, {}, {}, {}, RatioHistogram(), RatioHistogram())
 
 
 class Factors(NamedTuple):
@@ -37,7 +54,7 @@ class Factors(NamedTuple):
 
 
 class OnlineCalibrator:
-    """A table, and how far what is observed now lies from it.
+    """A table, and how far what is observed now lies from it: finds corrected entries as a table finds its own.
 
     Per stage, the median of observed over predicted P50 in bins of 1 %, over all configurations and for each of them.
     A configuration's factor is between the two medians, on the log scale: its own counts n / (n + 10), n the weight of
@@ -72,7 +89,6 @@ class OnlineCalibrator:
         "_growth",
         "_known",
         "_table",
-        "_tail",
         "_weight",
         "half_life",
         "min_samples",
@@ -95,12 +111,9 @@ class OnlineCalibrator:
         self._growth = 2.0 ** (1.0 / half_life)
         self._weight = 1.0
         self._table = table
-        self._tail = 0.95 if 0.95 in table.quantiles else max(table.quantiles)
         self._all = (RatioHistogram(), RatioHistogram())
-        self._known: dict[tuple[Tier, int, int], _Known] = {}
-        self._entries: dict[Key, tuple[Factors, Entry]] = {}
-        for key in table.keys:
-            self._know(table[key])
+        self._known: dict[Key, _Known] = {key: _known(table[key]) for key in table.keys}
+        self._entries: dict[Key, tuple[int, Factors, Entry]] = {}
 
     @property
     def table(self) -> LatencyTable:
@@ -108,19 +121,14 @@ class OnlineCalibrator:
         return self._table
 
     def observe(
-        self,
-        key: tuple[Tier, int, int],
-        prompt_tokens: int,
-        output_tokens: int,
-        prefill_ms: float,
-        decode_ms: float = 0.0,
+        self, key: Key, prompt_tokens: int, output_tokens: int, prefill_ms: float, decode_ms: float = 0.0
     ) -> None:
         """Take in a run.
 
         Parameters
         ----------
-        key : (tier, top_k, num_blocks)
-            A measured configuration of the table.
+        key : tuple
+            A configuration that the table answers for. One that the table filled in counts for all, not for itself.
         prompt_tokens, output_tokens : int
             Of the run.
         prefill_ms : float
@@ -135,153 +143,79 @@ class OnlineCalibrator:
             And nothing was taken in.
         """
         try:
-            if not 0 <= prompt_tokens < (end := prompt_tokens + output_tokens):
-                raise ValueError
-            p50, tail, steps, steps_before, ratio, spread, prefill, decode = self._known[key]
-            predicted = p50[prompt_tokens]
-            place = int(log(prefill_ms / predicted) * BINS_PER_UNIT + _OFFSET)
-            if not 0 <= place <= _LAST:
-                place = 0 if place < 0 else _LAST
+            known = self._known[key]
+        except (KeyError, TypeError):
+            known = self._known_to_the_table(key)
+        _, by_prompt, steps_to, by_output, own_prefill, own_decode = known
+        try:
+            p50_ms, tail_ms, before_ms = by_prompt[prompt_tokens]
+            until_ms, ratios = steps_to[prompt_tokens + output_tokens - 1], by_output[output_tokens]
+        except (KeyError, TypeError):
+            (p50_ms, tail_ms, before_ms), until_ms, ratios = self._predict(known, prompt_tokens, output_tokens)
+        decode_place, slow_decode = -1, False
+        try:
+            place = int(log(prefill_ms / p50_ms) * BINS_PER_UNIT + _OFFSET)
+            if decode_ms != 0:
+                if output_tokens == 1:
+                    raise ArgumentError(f"decode_ms is {decode_ms!r} at one output token; allowed: 0")
+                p50_ratio, tail_ratio = ratios or (1.0, 1.0)
+                steps_ms = (until_ms - before_ms) or 1.0
+                decode_place = int(log(decode_ms / (steps_ms * p50_ratio)) * BINS_PER_UNIT + _OFFSET)
+                slow_decode = decode_ms > steps_ms * tail_ratio
+        except (OverflowError, TypeError, ValueError):
+            positive_ms("prefill_ms", prefill_ms)
             if output_tokens > 1:
-                steps_ms = steps_before[end] - steps[prompt_tokens]
-                middle = ratio[output_tokens]
-                decode_place = int(log(decode_ms / (steps_ms * middle)) * BINS_PER_UNIT + _OFFSET)
-                if not 0 <= decode_place <= _LAST:
-                    decode_place = 0 if decode_place < 0 else _LAST
-            elif decode_ms:
-                raise ValueError
-        except (IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError):
-            self._observe_checked(key, prompt_tokens, output_tokens, prefill_ms, decode_ms)
-            return
-        weight = self._weight
-        everything, every_decode = self._all
-        everything.counts[place] += weight
-        everything.total += weight
-        if place < everything.place:
-            everything.below += weight
-        prefill.counts[place] += weight
-        prefill.total += weight
-        if place < prefill.place:
-            prefill.below += weight
-        if prefill_ms > tail[prompt_tokens]:
-            everything.beyond_tail += weight
-            prefill.beyond_tail += weight
-        if output_tokens > 1:
-            every_decode.counts[decode_place] += weight
-            every_decode.total += weight
-            if decode_place < every_decode.place:
-                every_decode.below += weight
-            decode.counts[decode_place] += weight
-            decode.total += weight
-            if decode_place < decode.place:
-                decode.below += weight
-            if decode_ms > steps_ms * (middle + spread[output_tokens]):
-                every_decode.beyond_tail += weight
-                decode.beyond_tail += weight
-        self._advance()
+                positive_ms("decode_ms", decode_ms)
+            raise
+        weight, (all_prefill, all_decode) = self._weight, self._all
+        add(all_prefill, own_prefill, place, weight, prefill_ms > tail_ms)
+        if ratios and output_tokens > 1:
+            add(all_decode, own_decode, decode_place, weight, slow_decode)
+        self.n_observed += 1
+        self._weight = weight = weight * self._growth
+        if weight > _WEIGHT_LIMIT:
+            for histogram in self._histograms():
+                histogram.scale(1.0 / weight)
+            self._weight = 1.0
 
-    def factors(self, tier: Tier, top_k: int, num_blocks: int) -> Factors:
-        """What the figures of a configuration are multiplied by now.
+    def __getitem__(self, key: Key | str | int | float) -> Entry:
+        return self._corrected(self._table[key])
+
+    def lookup(self, *values: str | int | float, **named: str | int | float) -> Entry:
+        """The corrected entry of a configuration, as `LatencyTable.lookup` finds the table's own.
+
+        Its figures are those of now, and stay as they are; while the factors move by less than 0.5 %, so does
+        the entry. Its `source` is ``calibrated`` once the factors act.
 
         Raises
         ------
-        UnknownKeyError
+        ArgumentError, UnknownKeyError
         """
-        known = self._known.get((tier, top_k, num_blocks))
-        if known is None:
-            self._table.lookup(tier, top_k, num_blocks)  # raises unless the table fills it in
-            return self.overall()
-        return Factors(self._factor(0, known[-2]), self._factor(1, known[-1]))
+        return self._corrected(self._table.lookup(*values, **named))
+
+    def corrected(self) -> LatencyTable:
+        """The whole table as corrected now, for searches, arrays, torch or another process. Takes milliseconds."""
+        return LatencyTable(mapped_figures(self._table.figures, self.maps()), self._table.path, self._table._missing)
+
+    def factors(self, *values: str | int | float, **named: str | int | float) -> Factors:
+        """What the figures of a configuration are multiplied by now; of one that was filled in, those of all together.
+
+        Raises
+        ------
+        ArgumentError, UnknownKeyError
+        """
+        return self._factors(self._table.lookup(*values, **named).key)
 
     def overall(self) -> Factors:
         """The factors of all configurations together."""
         return Factors(self._factor(0, None), self._factor(1, None))
 
-    def lookup(self, tier: Tier, top_k: int, num_blocks: int) -> Entry:
-        """The corrected entry of a configuration, with all verbs of the reader; it stays as it is.
-
-        Raises
-        ------
-        UnknownKeyError
-        """
-        factors = self.factors(tier, top_k, num_blocks)
-        entry = self._table.lookup(tier, top_k, num_blocks)
-        if factors == (1.0, 1.0):
-            return entry
-        held = self._entries.get(entry.key)
-        if held is not None and all(abs(new / old - 1.0) < _KEPT for new, old in zip(factors, held[0], strict=True)):
-            return held[1]
-        median = self._table.quantiles.index(0.5)
-        figures = mapped_key(entry._figures, _maps(factors), median)
-        corrected = Entry(figures, self._table.quantiles, lengths=entry._lengths)
-        self._entries[entry.key] = factors, corrected
-        return corrected
-
-    def __getitem__(self, key: tuple[Tier, int, int]) -> Entry:
-        return self.lookup(*key)
-
-    def prefill_ms(
-        self, tier: Tier, top_k: int, num_blocks: int, prompt_tokens: int | None = None, q: float = 0.5
-    ) -> float:
-        """`LatencyTable.prefill_ms`, corrected."""
-        return self.lookup(tier, top_k, num_blocks).prefill_ms(prompt_tokens, q)
-
-    def decode_step_ms(self, tier: Tier, top_k: int, num_blocks: int, kv_len: int, q: float = 0.5) -> float:
-        """`LatencyTable.decode_step_ms`, corrected."""
-        return self.lookup(tier, top_k, num_blocks).decode_step_ms(kv_len, q)
-
-    def decode_ms(
-        self, tier: Tier, top_k: int, num_blocks: int, prompt_tokens: int | None, output_tokens: int, q: float = 0.5
-    ) -> float:
-        """`LatencyTable.decode_ms`, corrected."""
-        return self.lookup(tier, top_k, num_blocks).decode_ms(prompt_tokens, output_tokens, q)
-
-    def total_ms(
-        self, tier: Tier, top_k: int, num_blocks: int, prompt_tokens: int | None, output_tokens: int, q: float = 0.5
-    ) -> float:
-        """`LatencyTable.total_ms`, corrected."""
-        return self.lookup(tier, top_k, num_blocks).total_ms(prompt_tokens, output_tokens, q)
-
-    def max_output_tokens(
-        self,
-        tier: Tier,
-        top_k: int,
-        num_blocks: int,
-        budget_ms: float,
-        prompt_tokens: int | None = None,
-        q: float = 0.5,
-    ) -> int:
-        """`LatencyTable.max_output_tokens`, corrected."""
-        return self.lookup(tier, top_k, num_blocks).max_output_tokens(budget_ms, prompt_tokens, q)
-
-    def feasible(
-        self,
-        budget_ms: float,
-        prompt_tokens: int | None = None,
-        output_tokens: int | None = None,
-        prefill_share: float = 0.8,
-        q: float = 0.95,
-        margin: float = 0.0,
-    ) -> list[Key]:
-        """`LatencyTable.feasible`, corrected."""
-        request = Request(self._table.quantiles, prompt_tokens, output_tokens, q)
-        entries = (self.lookup(*key) for key in self._table.keys)
-        return list(fitting(entries, request, budget_ms, prefill_share, margin))
-
-    def snapshot(self) -> LatencyTable:
-        """The whole table as corrected now: a table of its own, for arrays, pickling or torch. Takes milliseconds."""
-        return LatencyTable(self.corrected_figures(), self._table.path, self._table._missing)
-
-    def corrected_figures(self) -> Figures:
-        """The figures of `snapshot`."""
-        return mapped_figures(self._table.figures, self.maps())
-
     def maps(self) -> dict[Key, KeyMaps]:
         """The correction of each measured configuration, as `lutest.calibrate` writes it."""
-        return {key: _maps(self.factors(*key)) for key in self._table.keys}
+        return {key: _maps(self._factors(key)) for key in self._table.keys}
 
-    def drift(self, false_alarm_rate: float = 0.01, tolerance: float = DRIFT_TOLERANCE) -> Drift:
-        """Whether the table itself, uncorrected, still holds for what is observed.
+    def check(self, false_alarm_rate: float = 0.01, tolerance: float = TOLERANCE) -> Check:
+        """Whether the table itself, uncorrected, still holds for what is observed: `lutest.check` of it.
 
         Parameters
         ----------
@@ -293,7 +227,7 @@ class OnlineCalibrator:
 
         Returns
         -------
-        Drift
+        Check
 
         Notes
         -----
@@ -302,11 +236,15 @@ class OnlineCalibrator:
         """
         slower, _ = tolerated_factors(tolerance)
         bins = round(log(slower) * BINS_PER_UNIT)
-        found = []
+        table, found = self._table, []
+        behind = {key.key: (key.prefill.n, 0 if key.decode is None else key.decode.n) for key in table.figures.keys}
         for stage, name in enumerate(("prefill", "decode")):
-            found.append(self._coverage(name, None, self._all[stage], bins))
-            found += [self._coverage(name, key, self._known[key][stage - 2], bins) for key in self._table.keys]
-        return judge_drift([held for held in found if held is not None], false_alarm_rate)
+            n_table = sum(counts[stage] for counts in behind.values())
+            found.append(self._coverage(name, None, self._all[stage], n_table, bins))
+            for key, known in self._known.items():
+                found.append(self._coverage(name, key, known[-2:][stage], behind[key][stage], bins))
+        tests = adjusted_tests([held for held in found if held is not None], false_alarm_rate)
+        return Check(table.path, table.key_columns, self.n_observed, {}, false_alarm_rate, tests)
 
     def merge(self, other: OnlineCalibrator) -> None:
         """Take in what another calibrator of the same table has observed, such as that of another worker.
@@ -322,20 +260,13 @@ class OnlineCalibrator:
         if self._identity() != other._identity():
             raise ArgumentError("only calibrators of the same table with the same half-life can be merged")
         factor = self._weight / other._weight
-        for mine, added in zip(self._all, other._all, strict=True):
-            mine.add(added, factor)
-        for key in other._known:
-            if key not in self._known:
-                self._know(self._table.lookup(*key))
-        for key, theirs in other._known.items():
-            if isinstance(key[0], str):  # not once more by the index of its tier
-                for stage in (-2, -1):
-                    self._known[key][stage].add(theirs[stage], factor)
+        for mine, theirs in zip(self._histograms(), other._histograms(), strict=True):
+            mine.take_in(theirs, factor)
         self.n_observed += other.n_observed
+        self._entries.clear()
 
     def to_json(self) -> str:
         """The state as JSON, for `from_json`: settings, and the bins that hold anything."""
-        keys = {key: known for key, known in self._known.items() if isinstance(key[0], str) and known[-2].total > 0.0}
         return json.dumps(
             {
                 "format": _STATE,
@@ -346,8 +277,9 @@ class OnlineCalibrator:
                 "n_observed": self.n_observed,
                 "all": [held.as_dict(self._weight) for held in self._all],
                 "configurations": [
-                    {"key": list(key), "stages": [held.as_dict(self._weight) for held in known[-2:]]}
-                    for key, known in keys.items()
+                    {"key": key, "stages": [held.as_dict(self._weight) for held in known[-2:]]}
+                    for key, known in self._known.items()
+                    if known.prefill.total > 0.0
                 ],
             }
         )
@@ -367,30 +299,25 @@ class OnlineCalibrator:
                 raise ValueError(f"format is {state['format']!r}")
             made = cls(table, half_life=state["half_life"], min_samples=state["min_samples"], bound=state["bound"])
             made.n_observed = whole_number("n_observed", state["n_observed"], 0)
-            everything = [RatioHistogram.from_dict(held) for held in state["all"]]
-            made._all = (everything[0], everything[1])
-            configurations = [
-                (tuple(held["key"]), [RatioHistogram.from_dict(stage) for stage in held["stages"]])
-                for held in state["configurations"]
-            ]
+            own = table.meta.get("content_hash")
+            if state["table"] != own:
+                raise ArgumentError(f"the state is of the table with content hash {state['table']}, not of this: {own}")
+            held = [(made._all, state["all"])]
+            held += [(made._known[tuple(each["key"])][-2:], each["stages"]) for each in state["configurations"]]
+            for histograms, written in held:
+                for histogram, bins in zip(histograms, written, strict=True):
+                    histogram.take_in(RatioHistogram.from_dict(bins), 1.0)
         except ArgumentError:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ArgumentError(f"not the state of an OnlineCalibrator: {error}") from error
-        if state["table"] != table.meta.get("content_hash"):
-            raise ArgumentError(
-                f"the state is of the table with content hash {state['table']}, "
-                f"not of this one with {table.meta.get('content_hash')}"
-            )
-        for key, (prefill, decode) in configurations:
-            made._know(table.lookup(*key), prefill, decode)
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OnlineCalibrator.from_json, (self._table, self.to_json())
 
     def __repr__(self) -> str:
-        prefill, decode = self._factor(0, None), self._factor(1, None)
+        prefill, decode = self.overall()
         return (
             f"<OnlineCalibrator of {self._table!r}: {self.n_observed:,} observed, prefill x {prefill:.3f}, "
             f"decode x {decode:.3f}>"
@@ -399,55 +326,52 @@ class OnlineCalibrator:
     def _identity(self) -> tuple[object, ...]:
         return self._table.meta.get("content_hash"), self._table.keys, self.half_life
 
-    def _know(
-        self, entry: Entry, prefill: RatioHistogram | None = None, decode: RatioHistogram | None = None
-    ) -> _Known:
-        """Keep at hand what `observe` needs of a configuration."""
-        views = _views(entry, self._tail)
-        known = (*views, prefill or RatioHistogram(), decode or RatioHistogram())
-        key = entry.key
-        self._known[key] = known
-        self._known[self._table.tiers.index(key.tier), key.top_k, key.num_blocks] = known
-        return known
+    def _histograms(self) -> list[RatioHistogram]:
+        return [*self._all, *(held for known in self._known.values() for held in known[-2:])]
 
-    def _observe_checked(
-        self, key: tuple[Tier, int, int], prompt_tokens: object, output_tokens: object, prefill: object, decode: object
-    ) -> None:
-        """`observe` for lengths beyond the views, clamped decode, and whatever is not allowed."""
-        prompt = whole_number("prompt_tokens", prompt_tokens, 0)
-        output = whole_number("output_tokens", output_tokens, 1)
-        prefill_ms = positive_ms("prefill_ms", prefill)
-        decode_ms = 0.0 if decode == 0 else positive_ms("decode_ms", decode)
-        if output == 1 and decode_ms:
-            raise ArgumentError(f"decode_ms is {decode!r} at one output token; allowed: 0, for it has no decode step")
-        entry = self._table.lookup(*key)
-        known = self._known.get(entry.key) or self._know(entry)
-        observed = [(0, prefill_ms, entry.prefill_ms(prompt), entry.prefill_ms(prompt, self._tail))]
-        if output > 1:
-            with contextlib.suppress(NoDecodeDataError):
-                predicted = entry.decode_ms(prompt, output), entry.decode_ms(prompt, output, self._tail)
-                observed.append((1, decode_ms, *predicted))
-        for stage, observed_ms, p50_ms, tail_ms in observed:
-            ratio = observed_ms / p50_ms
-            place = 0 if ratio <= 0.0 else min(max(int(log(ratio) * BINS_PER_UNIT + _OFFSET), 0), _LAST)
-            for histogram in (self._all[stage], known[stage - 2]):
-                histogram.take_in(place, self._weight, observed_ms > tail_ms)
-        self._advance()
+    def _known_to_the_table(self, key: Key) -> _Known:
+        """What is known of a key that is written in another way, or filled in: of such a one, nothing is kept."""
+        entry = self._table[key]
+        return self._known.get(entry.key) or _known(entry)
 
-    def _advance(self) -> None:
-        self.n_observed += 1
-        self._weight *= self._growth
-        if self._weight > _WEIGHT_LIMIT:
-            self._bring_back()
+    def _predict(
+        self, known: _Known, prompt_tokens: int, output_tokens: int
+    ) -> tuple[tuple[float, float, float], float, tuple[float, float] | None]:
+        """What is known of lengths that were not observed yet, after checking them."""
+        start = whole_number("prompt_tokens", prompt_tokens, 0)
+        n = whole_number("output_tokens", output_tokens, 1)
+        entry, (_, step, ratio) = known.entry, known.entry._pieces
+        median, tail = (self._table.quantiles.index(q) for q in (0.5, _TAIL))
+        before_ms, until_ms = (0.0 if step is None else sum_to(step, median, x) for x in (start, start + n - 1))
+        at_prompt = entry.prefill_ms(start), entry.prefill_ms(start, _TAIL), before_ms
+        ratios = ratio and (value_at(ratio, median, n - 1), value_at(ratio, tail, n - 1))
+        if max(len(known.by_prompt), len(known.steps_to)) < _KEPT:
+            known.by_prompt[start], known.steps_to[start + n - 1], known.by_output[n] = at_prompt, until_ms, ratios
+        return at_prompt, until_ms, ratios
 
-    def _bring_back(self) -> None:
-        """Express all weights in units of that of the newest observation."""
-        factor = 1.0 / self._weight
-        for histogram in {
-            id(held): held for known in (*self._known.values(), self._all) for held in known[-2:]
-        }.values():
-            histogram.scale(factor)
-        self._weight = 1.0
+    def _corrected(self, entry: Entry) -> Entry:
+        held = self._entries.get(entry.key)
+        if held is not None and held[0] == self.n_observed:
+            return held[2]
+        factors = self._factors(entry.key)
+        if factors == (1.0, 1.0):
+            return entry
+        if held is not None and all(abs(new / old - 1.0) < _NEAR for new, old in zip(factors, held[1], strict=True)):
+            self._entries[entry.key] = self.n_observed, held[1], held[2]
+            return held[2]
+        table = self._table
+        figures = mapped_key(entry._figures, _maps(factors), table.quantiles.index(0.5))
+        corrected = Entry(figures, table.quantiles, table.figures.key_columns, entry._lengths)
+        if len(self._entries) >= _KEPT:
+            self._entries.clear()
+        self._entries[entry.key] = self.n_observed, factors, corrected
+        return corrected
+
+    def _factors(self, key: Key) -> Factors:
+        known = self._known.get(key)
+        return (
+            self.overall() if known is None else Factors(self._factor(0, known.prefill), self._factor(1, known.decode))
+        )
 
     def _factor(self, stage: int, own: RatioHistogram | None) -> float:
         """The correction of a stage, for a configuration with observations of its own."""
@@ -460,29 +384,18 @@ class OnlineCalibrator:
             level += count / (count + _KEY_SHARE) * (own.log_median() - level)
         return exp(min(max(level, -self._bound), self._bound))
 
-    def _coverage(self, stage: str, key: Key | None, histogram: RatioHistogram, bins: int) -> Coverage | None:
+    def _coverage(
+        self, stage: str, key: Key | None, histogram: RatioHistogram, n_table: int, bins: int
+    ) -> Coverage | None:
         # of n weights that fade by the same factor: (Σw)² / Σw² = Σw · 2 / (1 + oldest), Σw in units of the newest
         oldest = 2.0 ** (-self.n_observed / self.half_life)
         n = int(histogram.total / self._weight * 2.0 / (1.0 + oldest))
         if n < 1:
             return None
-        figures = self._table.figures.keys if key is None else [self._table[key]._figures]
-        summaries = [held.prefill if stage == "prefill" else held.decode for held in figures]
-        within = {0.5: round(n * histogram.share_below(0))}
-        above = {0.5: (n - round(n * histogram.share_below(bins)), n - round(n * histogram.share_below(-bins)))}
-        if self._tail > 0.5:
-            beyond = round(n * histogram.beyond_tail / histogram.total)
-            within[self._tail], above[self._tail] = n - beyond, (beyond, beyond)
-        n_table = sum(summary.n for summary in summaries if summary is not None)
-        return Coverage(stage, key, n, n_table, above, within, histogram.median())
-
-
-def _views(entry: Entry, tail: float) -> tuple[Any, ...]:
-    """Views of an entry as `observe` takes them: P50 and tail of prefill; sums, the same one step on, ratio, spread."""
-    nothing = memoryview(b"").cast("d")
-    prefill = entry._prefill_views.get(0.5, nothing), entry._prefill_views.get(tail, nothing)
-    held = entry._total_views.get(tail)
-    return (*prefill, *((nothing,) * 4 if held is None else held[1:5]))
+        beyond = round(n * histogram.beyond_tail / histogram.total)
+        above = n - round(n * histogram.share_below(bins)), n - round(n * histogram.share_below(-bins))
+        within = {0.5: round(n * histogram.share_below(0)), _TAIL: n - beyond}
+        return Coverage(stage, key, n, n_table, {0.5: above, _TAIL: (beyond, beyond)}, within, histogram.median())
 
 
 def _maps(factors: Factors) -> KeyMaps:

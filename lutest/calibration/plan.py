@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lutest.calibration.key_similarity import key_places, similarities
+from lutest.calibration.key_similarity import EACH, NEAR, key_places, similarities
 from lutest.reader.arguments import whole_number
 from lutest.reader.curves import key_pieces, value_at
 from lutest.reader.errors import ArgumentError
@@ -23,9 +23,9 @@ Ints = NDArray[np.int64]
 
 MOST_RUNS = 10_000
 # What a change of device is taken to do before any run is seen: variances in units of a run's. Most is shared by all,
-# much along tiers and numbers, little belongs to one configuration; the shape of the curve moves as well.
+# much along the key columns, little belongs to one configuration; the shape of the curve moves as well.
 _LEVEL = 1e3
-_STRENGTHS = {"tier": 30.0, "top_k": 30.0, "num_blocks": 30.0, "neighbours": 10.0, "configuration": 3.0}
+_COLUMN, _NEAR, _EACH = 30.0, 10.0, 3.0
 _SHAPE = 30.0
 _RANDOM_DRAWS = 100
 
@@ -52,6 +52,8 @@ class Plan:
 
     Attributes
     ----------
+    key_columns : tuple of str
+        What the configurations of the runs are made of.
     runs : tuple of PlannedRun
         A configuration may come more than once.
     deviation, random_deviation : float
@@ -59,6 +61,7 @@ class Plan:
         was measured at, after these runs, and after as many at random; in units of that of a single run.
     """
 
+    key_columns: tuple[str, ...]
     runs: tuple[PlannedRun, ...]
     deviation: float
     random_deviation: float
@@ -98,7 +101,7 @@ def plan(table: LatencyTable | str | os.PathLike[str], n: int) -> Plan:
     draws = [chance.integers(len(key_id), size=count) for _ in range(_RANDOM_DRAWS)]
     at_random = float(np.sqrt(np.mean([_mean_variance(covariance, draw) for draw in draws])))
     runs = tuple(PlannedRun(figures.keys[key_id[place]].key, int(prompts[place])) for place in picked)
-    return Plan(runs, deviation, at_random)
+    return Plan(held.key_columns, runs, deviation, at_random)
 
 
 def _candidates(figures: Figures) -> tuple[Ints, Ints]:
@@ -114,16 +117,15 @@ def _candidates(figures: Figures) -> tuple[Ints, Ints]:
 
 def _covariance(figures: Figures, key_id: Ints, prompts: Ints) -> Floats:
     """Prior covariance of log(new P50 / old P50) of the candidates."""
-    places = key_places([held.key for held in figures.keys]).of(key_id)
+    places = key_places(figures.key_columns, [held.key for held in figures.keys]).of(key_id)
     parts = similarities(places, places)
     median = figures.quantiles.index(0.5)
     curves = [key_pieces(held, median).prefill for held in figures.keys]
     p50_ms = np.array([value_at(curves[k], median, int(x)) for k, x in zip(key_id, prompts, strict=True)])
     shape = 1.0 / p50_ms  # what an offset does to the logarithm
     shape = (shape - shape.mean()) / (np.ptp(shape) or 1.0)
-    shared = sum(
-        (strength * parts[name] for name, strength in _STRENGTHS.items()), np.full(parts["tier"].shape, _LEVEL)
-    )
+    strengths = {**dict.fromkeys(parts, _COLUMN), NEAR: _NEAR, EACH: _EACH}
+    shared = sum((strengths[name] * parts[name] for name in parts), np.full_like(parts[EACH], _LEVEL))
     return np.asarray(shared + _SHAPE * np.outer(shape, shape))
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import exp
 
-__all__ = ["BINS", "BINS_PER_UNIT", "MIDDLE", "RatioHistogram"]
+__all__ = ["BINS_PER_UNIT", "MIDDLE", "RatioHistogram", "add"]
 
 BINS_PER_UNIT = 100.0  # a bin is 1 % wide
 MIDDLE = 208  # the bin that begins at a ratio of 1; an eighth and eightfold are the ends, where all beyond is counted
-BINS = 2 * MIDDLE
+_BINS = 2 * MIDDLE
+_LAST = _BINS - 1
 
 
 class RatioHistogram:
@@ -32,7 +33,7 @@ class RatioHistogram:
     __slots__ = ("below", "beyond_tail", "counts", "place", "total")
 
     def __init__(self) -> None:
-        self.counts = [0.0] * BINS
+        self.counts = [0.0] * _BINS
         self.total = 0.0
         self.below = 0.0
         self.place = MIDDLE
@@ -46,7 +47,7 @@ class RatioHistogram:
         while place > 0 and below > half:
             place -= 1
             below -= counts[place]
-        while place < BINS - 1 and below + counts[place] < half:
+        while place < _LAST and below + counts[place] < half:
             below += counts[place]
             place += 1
         self.place, self.below = place, below
@@ -61,14 +62,12 @@ class RatioHistogram:
         """Share of the observations below so many percent (of a log) beyond their P50."""
         return sum(self.counts[: MIDDLE + percent]) / self.total
 
-    def take_in(self, place: int, weight: float, beyond_tail: bool) -> None:
-        """Add an observation."""
-        self.counts[place] += weight
-        self.total += weight
-        if place < self.place:
-            self.below += weight
-        if beyond_tail:
-            self.beyond_tail += weight
+    def take_in(self, other: RatioHistogram, factor: float) -> None:
+        """Add the weights of another, multiplied."""
+        self.counts = [mine + factor * theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
+        self.total += factor * other.total
+        self.beyond_tail += factor * other.beyond_tail
+        self.below = sum(self.counts[: self.place])
 
     def scale(self, factor: float) -> None:
         """Multiply all weights."""
@@ -76,13 +75,6 @@ class RatioHistogram:
         self.total *= factor
         self.below *= factor
         self.beyond_tail *= factor
-
-    def add(self, other: RatioHistogram, factor: float) -> None:
-        """Add the weights of another, multiplied."""
-        self.counts = [mine + factor * theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
-        self.total += factor * other.total
-        self.beyond_tail += factor * other.beyond_tail
-        self.below = sum(self.counts[: self.place])
 
     def as_dict(self, unit: float) -> dict[str, object]:
         """Plain values, in units of a weight; bins without weight are left out."""
@@ -99,17 +91,32 @@ class RatioHistogram:
             It did not.
         """
         made = cls()
-        bins = held["bins"]
+        bins, beyond = held["bins"], held["beyond_tail"]
         if not isinstance(bins, Mapping):
             raise ValueError(f"bins is {bins!r}")
         for name, count in bins.items():
-            if not (0 <= int(name) < BINS and 0.0 <= float(count) < 1e15):
+            if not (0 <= int(name) < _BINS and 0.0 <= float(count) < 1e15):
                 raise ValueError(f"bin {name!r} holds {count!r}")
             made.counts[int(name)] = float(count)
-        made.total = sum(made.counts)
-        made.below = sum(made.counts[: made.place])
-        beyond = held["beyond_tail"]
+        made.total, made.below = sum(made.counts), sum(made.counts[: made.place])
         if not (isinstance(beyond, (int, float)) and 0.0 <= beyond <= made.total * (1 + 1e-9) + 1e-9):
             raise ValueError(f"beyond_tail is {beyond!r}")
         made.beyond_tail = float(beyond)
         return made
+
+
+def add(one: RatioHistogram, other: RatioHistogram, place: int, weight: float, slow: bool) -> None:
+    """Add an observation to two: its bin, or the end that it lies beyond, and whether it is above the tail quantile."""
+    if not 0 <= place <= _LAST:
+        place = 0 if place < 0 else _LAST
+    one.counts[place] += weight
+    one.total += weight
+    if place < one.place:
+        one.below += weight
+    other.counts[place] += weight
+    other.total += weight
+    if place < other.place:
+        other.below += weight
+    if slow:
+        one.beyond_tail += weight
+        other.beyond_tail += weight

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lutest.calibration.key_similarity import COMPONENTS, KeyPlaces, similarities, varying_components
+from lutest.calibration.key_similarity import KeyPlaces, similarities, varying_components
 from lutest.calibration.paired_runs import PairedRuns
 
 __all__ = ["StageFit", "fit_stage", "share_level"]
@@ -130,9 +130,7 @@ def fit_stage(runs: PairedRuns, places: KeyPlaces, unit_ms: float) -> StageFit:
     weights, left_out, inverse = _solved(covariance, target, runs.weight)
     to_all = _covariance(chosen.strengths, similarities(places, own))
     explained = np.einsum("ij,jk,ik->i", to_all, inverse, to_all)
-    of_all = _LEVEL_STRENGTH + sum(
-        strength * np.diag(similarities(places, places)[name]) for name, strength in chosen.strengths.items()
-    )
+    of_all = np.diag(_covariance(chosen.strengths, similarities(places, places)))
     # the variance of a run: what is left out, standardised, has variance 1 in units of it
     noise = _squared_scale(left_out * np.sqrt(np.diag(inverse)))
     return StageFit(
@@ -148,7 +146,7 @@ def fit_stage(runs: PairedRuns, places: KeyPlaces, unit_ms: float) -> StageFit:
 
 def _choose(runs: PairedRuns, parts: Mapping[str, Floats], components: tuple[str, ...], unit_ms: float) -> _Candidate:
     """The parts of the map: each the mean over what it might be, weighted by cross-validation, the others held."""
-    plain = _Candidate(0.0, _NO_FLOOR * unit_ms, dict.fromkeys(COMPONENTS, 0.0))
+    plain = _Candidate(0.0, _NO_FLOOR * unit_ms, dict.fromkeys(parts, 0.0))
     n = len(runs.key_id)
     if n < _LEAST_RUNS:
         return plain
@@ -199,8 +197,8 @@ def _target(runs: PairedRuns, shift_ms: float, least_ms: float) -> Floats:
 
 
 def _covariance(strengths: Mapping[str, float], parts: Mapping[str, Floats]) -> Floats:
-    shape = parts[COMPONENTS[0]].shape
-    return sum((strengths[name] * parts[name] for name in COMPONENTS), np.full(shape, _LEVEL_STRENGTH))
+    level = np.full_like(next(iter(parts.values())), _LEVEL_STRENGTH)
+    return sum((strength * parts[name] for name, strength in strengths.items()), level)
 
 
 def _solved(covariance: Floats, target: Floats, weight: Floats) -> tuple[Floats, Floats, Floats]:

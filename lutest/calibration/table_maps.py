@@ -1,23 +1,28 @@
-"""The maps of all configurations of a table, all stages together, and what they come to."""
+"""The maps of all configurations of a table: all stages together, and how far runs lie from the mapped P50."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from lutest.calibration.key_similarity import key_places
 from lutest.calibration.maps import KeyMaps, StageMap
 from lutest.calibration.paired_runs import PairedRuns, PairedSteps
-from lutest.calibration.spread_fit import fit_correlation, fit_stretch, log_spread, normal_score
 from lutest.calibration.stage_fit import StageFit, fit_stage, share_level
 from lutest.reader.figures import Figures, Key
 
 __all__ = ["StageCalibration", "fit_maps"]
 
 Floats = NDArray[np.float64]
+
+_LEAST_SPREAD = 1e-5  # of a log: a hundred-thousandth of the latency
+_PRIOR_RUNS = 5.0  # what the parent's spread counts as, where a quantile cannot be read off the runs
+_LARGEST_STRETCH = 100.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def fit_maps(
         Runs of the new device beside what the table says of them; one run or more, perhaps none for decode.
     """
     quantiles = figures.quantiles
-    places = key_places([held.key for held in figures.keys])
+    places = key_places(figures.key_columns, [held.key for held in figures.keys])
     prefill_fit = fit_stage(prefill, places, _least_p50_ms(figures, decode=False))
     if not len(decode.key_id):
         prefill_stretch = _stretches(prefill, prefill_fit, quantiles)
@@ -84,7 +89,7 @@ def fit_maps(
             continue
         step_stretch[q] = _step_stretch(decode, decode_fit, steps, q) or decode_stretch[q]
         both = _deviations(prefill, prefill_fit, prefill_stretch[q], decode, decode_fit, decode_stretch[q], q)
-        correlations.append([fit_correlation(*both, q, held.correlations[i]) for held in figures.keys])
+        correlations.append([_fit_correlation(*both, q, held.correlations[i]) for held in figures.keys])
     maps = {}
     for number, held in enumerate(figures.keys):
         step = _stage_map(decode_fit, number, step_stretch, quantiles)
@@ -105,11 +110,11 @@ def _least_p50_ms(figures: Figures, *, decode: bool) -> float:
 
 def _stretches(runs: PairedRuns, fit: StageFit, quantiles: Sequence[float]) -> dict[float, float]:
     n = len(runs.key_id)
-    return {q: fit_stretch(fit.left_out, _spread(runs, fit, q), q, n) for q in quantiles if q != 0.5}
+    return {q: _fit_stretch(fit.left_out, _spread(runs, fit, q), q, n) for q in quantiles if q != 0.5}
 
 
 def _spread(runs: PairedRuns, fit: StageFit, q: float) -> Floats:
-    return log_spread(runs.predicted_ms, q, fit.deviation[runs.key_id])
+    return _log_spread(runs.predicted_ms, q, fit.deviation[runs.key_id])
 
 
 def _mapped(fit: StageFit, key_id: NDArray[np.int64], predicted_ms: Floats) -> Floats:
@@ -126,7 +131,7 @@ def _step_stretch(runs: PairedRuns, fit: StageFit, steps: PairedSteps, q: float)
     at = np.searchsorted(runs.place, steps.place)
     moved = (fit.left_out - seen)[at]
     left_out = np.log(steps.observed_ms) - np.log(_mapped(fit, steps.key_id, steps.predicted_ms[0.5])) + moved
-    return fit_stretch(left_out, log_spread(steps.predicted_ms, q, fit.deviation[steps.key_id]), q, n_runs)
+    return _fit_stretch(left_out, _log_spread(steps.predicted_ms, q, fit.deviation[steps.key_id]), q, n_runs)
 
 
 def _deviations(
@@ -162,7 +167,7 @@ def _stage_map(fit: StageFit, number: int, stretch: Mapping[float, float], quant
         offset_ms=scale * fit.shift_ms,
         least_ms=scale * fit.least_ms,
         stretch=tuple(stretch.get(q, 1.0) for q in quantiles),
-        widening=tuple(abs(normal_score(q)) * deviation for q in quantiles),
+        widening=tuple(abs(_normal_score(q)) * deviation for q in quantiles),
     )
 
 
@@ -177,3 +182,84 @@ def _summary(runs: PairedRuns, fit: StageFit, stretch: dict[float, float]) -> St
         error=fit.error,
         stretch=stretch,
     )
+
+
+def _normal_score(q: float) -> float:
+    """The standard normal quantile."""
+    return float(stats.norm.ppf(q))
+
+
+def _log_spread(predicted_ms: Mapping[float, Floats], q: float, deviation: Floats) -> Floats:
+    """Size of log(quantile / P50): what the table says, and how uncertain the scale is, as independent deviations."""
+    own = np.log(predicted_ms[q] / predicted_ms[0.5])
+    return np.asarray(np.maximum(np.hypot(own, _normal_score(q) * deviation), _LEAST_SPREAD))
+
+
+def _fit_stretch(left_out: Floats, spread: Floats, q: float, n_runs: int) -> float:
+    """What the spread has to be multiplied by for the share q of the runs to lie below the quantile.
+
+    Where the runs allow it, the conformal quantile of left_out / spread: a further run stays below it with
+    probability q whatever the distribution is. Where they are too few, a robust scale of the same, drawn towards 1,
+    with the factor by which a normal sample of that size underrates its quantile.
+
+    Parameters
+    ----------
+    left_out : ndarray, shape (n,)
+        log(observed / P50) of runs, or steps, by maps that did not see them.
+    spread : ndarray, shape (n,)
+        `_log_spread` of each.
+    q : float
+        The quantile; not 0.5.
+    n_runs : int
+        How many runs stand behind them: steps of one run go together.
+
+    References
+    ----------
+    J. Lei, M. G'Sell, A. Rinaldo, R. J. Tibshirani and L. Wasserman (2018), Distribution-free predictive inference for
+    regression, J. Am. Stat. Assoc. 113, section 5.2 (locally weighted split conformal).
+    """
+    if not n_runs:
+        return 1.0
+    scores = np.sort(left_out / spread) if q > 0.5 else np.sort(-left_out / spread)
+    level = max(q, 1.0 - q) * (n_runs + 1) / n_runs
+    if level <= 1.0:
+        stretch = _order_statistic(scores, level)
+    else:
+        score = abs(_normal_score(q))
+        scale = float(np.median(np.abs(scores))) * score / 0.6745
+        shrunk = (n_runs * scale + _PRIOR_RUNS) / (n_runs + _PRIOR_RUNS)
+        few = float(stats.t.ppf(max(q, 1.0 - q), n_runs + _PRIOR_RUNS - 1)) * math.sqrt(1 + 1 / n_runs) / score
+        stretch = shrunk * few
+    return min(max(stretch, 0.0), _LARGEST_STRETCH)
+
+
+def _fit_correlation(beyond_ms: Floats, prefill_ms: Floats, decode_ms: Floats, q: float, otherwise: float) -> float:
+    """How far the deviations of prefill and decode go together, so that the share q of the totals lies below theirs.
+
+    Parameters
+    ----------
+    beyond_ms : ndarray, shape (n,)
+        Observed totals less their P50.
+    prefill_ms, decode_ms : ndarray, shape (n,)
+        Sizes of the deviations of the quantile q from the P50 in both stages.
+    q : float
+        The quantile; not 0.5.
+    otherwise : float
+        The answer where the runs are too few.
+    """
+    n = len(beyond_ms)
+    level = max(q, 1.0 - q) * (n + 1) / n if n else 2.0
+    if level > 1.0:
+        return otherwise
+    side = 1.0 if q > 0.5 else -1.0
+    size = side * beyond_ms
+    both = np.maximum(2 * prefill_ms * decode_ms, 1e-300)
+    # the least c at which sqrt(a² + d² + 2 c a d) reaches the run
+    needed = (size**2 - prefill_ms**2 - decode_ms**2) / both
+    needed = np.where(size <= 0.0, -np.inf, needed)
+    return min(max(_order_statistic(np.sort(np.clip(needed, -2.0, 2.0)), level), 0.0), 1.0)
+
+
+def _order_statistic(ordered: Floats, level: float) -> float:
+    """Value at the rank level · n, linear between ranks."""
+    return float(np.interp(level * len(ordered), np.arange(1, len(ordered) + 1), ordered))

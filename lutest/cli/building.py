@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from lutest.cli.key_records import count_runs, format_key_table, read_key_records
-from lutest.cli.terminal import print_json, progress_bar, run_bar
-from lutest.cli.text_tables import format_table
+import lutest
+from lutest.cli.arguments import JSON, TABLE, add_runs, argument, given_runs, verb
+from lutest.cli.printing import format_table, print_json, run_bar, working
+from lutest.cli.reading import count_runs, format_key_table, read_key_records
 from lutest.judging.finding import count
 
 __all__ = ["build", "convert", "export", "profile"]
@@ -15,18 +16,20 @@ __all__ = ["build", "convert", "export", "profile"]
 _MOST_SOURCES_SHOWN = 20
 
 
+@verb(
+    "lutest build results/ -o tables/mine.duckdb && lutest info tables/mine.duckdb",
+    add_runs,
+    argument("-o", "--output", metavar="TABLE", help="table file to write"),
+    argument("--mixed", action="store_true", help="mix runs of several models or devices on purpose"),
+    JSON,
+)
 def build(arguments: argparse.Namespace) -> None:
-    """Build a table and print its summary."""
-    import lutest
-    from lutest.builder.build import build as build_table
-    from lutest.runs.configuration import DEFAULT_CONFIG
-    from lutest.tablefile.sql import database_errors
-
-    with database_errors(), progress_bar() as progress:
-        summary = build_table(
-            arguments.config or DEFAULT_CONFIG, runs=arguments.runs, output=arguments.output, progress=progress
-        )
-    keys = read_key_records(lutest.load(summary.output))
+    """Build a table from runs."""
+    runs, config = given_runs(arguments)
+    with working() as progress:
+        summary = lutest.build(config, runs=runs, output=arguments.output, mixed=arguments.mixed, progress=progress)
+    table = lutest.load(summary.output)
+    keys = read_key_records(table)
     if arguments.json:
         print_json({**asdict(summary), "keys": keys})
         return
@@ -45,17 +48,21 @@ def build(arguments: argparse.Namespace) -> None:
         kept = count(summary.n_kept_beyond_fences, "run")
         print(f"  {kept} beyond the outlier fences: kept, for over 5 % of all runs are a tail, not outliers")
     print()
-    print(format_key_table(keys, upper=False))
+    print(format_key_table(table.key_columns, keys, upper=False))
     print(f"\nwritten to {summary.output} in {summary.seconds:.1f} s, content hash {summary.content_hash}")
 
 
+@verb(
+    "lutest convert results/ -o runs.parquet",
+    add_runs,
+    argument("-o", "--output", required=True, metavar="OUT.parquet", help="file to write"),
+    JSON,
+)
 def convert(arguments: argparse.Namespace) -> None:
-    """Write runs as one Parquet file and print what was written."""
-    from lutest.runs.convert import convert as convert_runs
-    from lutest.tablefile.sql import database_errors
-
-    with database_errors(), progress_bar() as progress:
-        summary = convert_runs(arguments.sources, arguments.output, config=arguments.config, progress=progress)
+    """Write runs as one Parquet file."""
+    runs, config = given_runs(arguments)
+    with working() as progress:
+        summary = lutest.convert(runs, arguments.output, config=config, progress=progress)
     if arguments.json:
         print_json(asdict(summary))
         return
@@ -67,41 +74,73 @@ def convert(arguments: argparse.Namespace) -> None:
     )
 
 
+@verb(
+    "lutest export tables/mine.duckdb -o table.json",
+    TABLE,
+    argument("-o", "--output", required=True, metavar="OUT", help="JSON file, or folder, to write"),
+    argument("--parquet", action="store_true", help="write a folder with one Parquet file per table"),
+    JSON,
+)
 def export(arguments: argparse.Namespace) -> None:
-    """Write a table as plain data and print what was written."""
-    from lutest.tablefile.export import export as export_table
-
-    summary = export_table(arguments.table, arguments.output, parquet=arguments.parquet)
+    """Write a table as plain data: JSON, which can be loaded, or Parquet."""
+    summary = lutest.export(arguments.table, arguments.output, parquet=arguments.parquet)
     if arguments.json:
         print_json(asdict(summary))
         return
     print(f"{count(sum(summary.rows.values()), 'row')} of {len(summary.rows)} tables written to {summary.output}")
 
 
+def _texts(given: str) -> list[str]:
+    return [part.strip() for part in given.split(",")]
+
+
+def _integers(given: str) -> list[int]:
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{given!r} is no list of whole numbers, such as 4,8") from None
+
+
+@verb(
+    "lutest profile -o results/cpu && lutest build results/cpu -o tables/cpu.duckdb",
+    argument("-o", "--output", required=True, metavar="FOLDER", help="folder of the runs"),
+    argument("--preset", default="cpu", metavar="NAME", help="tiny, cpu (default), cpu-wide or molmoe-1b"),
+    argument("--tiers", type=_texts, metavar="LIST", help="such as low,medium (default: the preset's)"),
+    argument("--top-k", type=_integers, metavar="LIST", help="such as 4,8 (default: the preset's)"),
+    argument(
+        "--blocks", dest="num_blocks", type=_integers, metavar="LIST", help="such as 12,16 (default: the preset's)"
+    ),
+    argument(
+        "--output-lengths",
+        metavar="LENGTHS",
+        help="tokens with weights, such as 1:8,2:30,16, or a table file to take them from (default: the preset's)",
+    ),
+    argument(
+        "--runs", dest="runs_per_key", type=int, default=150, metavar="N", help="of a configuration (default: 150)"
+    ),
+    argument("--minutes", type=float, metavar="M", help="stop after this time, the rest still to do"),
+    argument("--warmup", dest="warmup_rounds", type=int, default=1, metavar="N", help="of each, first (default: 1)"),
+    argument("--seed", type=int, default=0, metavar="S", help="of order, requests and weights (default: 0)"),
+    argument("--device", default="cpu", metavar="DEVICE", help="cpu (default), cuda, cuda:1 …"),
+    argument("--threads", type=int, metavar="N", help="threads of torch (default: 1 on the CPU)"),
+    argument(
+        "--synchronization",
+        choices=("none", "synchronize", "events"),
+        help="how stages are timed (default: none on the CPU, CUDA events on CUDA)",
+    ),
+    JSON,
+)
 def profile(arguments: argparse.Namespace) -> None:
-    """Profile a model with random weights and print what was recorded."""
-    from lutest.profile.output_lengths import parse_output_lengths
+    """Profile a model with random weights on this machine; the same command goes on where it was interrupted."""
+    from lutest.profile.presets import parse_output_lengths
     from lutest.profile.sweep import run_sweep
 
-    lengths = None if arguments.output_lengths is None else parse_output_lengths(arguments.output_lengths)
+    options = vars(arguments)
+    as_json, lengths = options.pop("json"), options.pop("output_lengths")
+    options["output_lengths"] = None if lengths is None else parse_output_lengths(lengths)
     with run_bar(arguments.minutes) as progress:
-        summary = run_sweep(
-            arguments.output,
-            arguments.preset,
-            tiers=arguments.tiers,
-            top_k=arguments.top_k,
-            num_blocks=arguments.blocks,
-            output_lengths=lengths,
-            runs_per_key=arguments.runs,
-            minutes=arguments.minutes,
-            warmup_rounds=arguments.warmup,
-            seed=arguments.seed,
-            device=arguments.device,
-            threads=arguments.threads,
-            synchronization=arguments.synchronization,
-            progress=progress,
-        )
-    if arguments.json:
+        summary = run_sweep(**options, progress=progress)
+    if as_json:
         print_json(asdict(summary))
         return
     print(f"{summary.model}, on {summary.device}")

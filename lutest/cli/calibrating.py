@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from lutest.cli.terminal import print_json, progress_bar
-from lutest.cli.text_tables import format_table
+import lutest
+from lutest.cli.arguments import JSON, TABLE, add_runs, argument, given_runs, verb
+from lutest.cli.printing import format_table, print_json, working
 from lutest.judging.finding import count
 
 if TYPE_CHECKING:
     from lutest.calibration.calibrate import StageCalibration
-    from lutest.calibration.drift import DriftTest
+    from lutest.calibration.coverage import CoverageTest
 
 __all__ = ["calibrate", "check", "plan"]
 
@@ -21,15 +23,18 @@ _DRIFTED = 1  # exit code
 _MOST_LINES = 12
 
 
+@verb(
+    "lutest calibrate tables/mine.duckdb new-device/ -o tables/new-device.duckdb",
+    TABLE,
+    add_runs,
+    argument("-o", "--output", required=True, metavar="NEW", help="table file to write"),
+    JSON,
+)
 def calibrate(arguments: argparse.Namespace) -> None:
-    """Calibrate a table and print what became of it."""
-    from lutest.calibration.calibrate import calibrate as calibrate_table
-    from lutest.tablefile.sql import database_errors
-
-    with database_errors(), progress_bar() as progress:
-        done = calibrate_table(
-            arguments.table, arguments.runs, arguments.output, config=arguments.config, progress=progress
-        )
+    """Carry a table to another device with few runs."""
+    runs, config = given_runs(arguments)
+    with working() as progress:
+        done = lutest.calibrate(arguments.table, runs, arguments.output, config=config, progress=progress)
     if arguments.json:
         print_json(asdict(done))
         return
@@ -39,7 +44,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     print(f"content hash {done.content_hash}, of its parent {done.parent_content_hash}")
 
 
-def _left_out(left_out: dict[str, int]) -> str:
+def _left_out(left_out: Mapping[str, int]) -> str:
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in left_out.items())
     return f" (left out: {reasons})" if reasons else ""
 
@@ -56,63 +61,81 @@ def _stage_line(name: str, stage: StageCalibration | None) -> str:
     )
 
 
+@verb(
+    "lutest plan tables/mine.duckdb -n 25",
+    TABLE,
+    argument("-n", type=int, default=25, metavar="N", help="how many runs (default: 25)"),
+    JSON,
+)
 def plan(arguments: argparse.Namespace) -> None:
-    """Print which runs to take for a calibration."""
-    from lutest.calibration.plan import plan as plan_runs
-
-    planned = plan_runs(arguments.table, arguments.n)
+    """Propose the runs that make a calibration the least uncertain."""
+    planned = lutest.plan(arguments.table, arguments.n)
     if arguments.json:
-        print_json(
-            {
-                "runs": [{**run.key._asdict(), "prompt_tokens": run.prompt_tokens} for run in planned.runs],
-                "deviation": planned.deviation,
-                "random_deviation": planned.random_deviation,
-            }
-        )
+        runs = [
+            {**dict(zip(planned.key_columns, run.key, strict=True)), "prompt_tokens": run.prompt_tokens}
+            for run in planned.runs
+        ]
+        print_json({"runs": runs, "deviation": planned.deviation, "random_deviation": planned.random_deviation})
         return
-    counted = Counter(planned.runs)
-    rows = [[*run.key, run.prompt_tokens, times] for run, times in counted.items()]
-    print(format_table(["tier", "top_k", "blocks", "prompt tokens", "runs"], rows))
+    rows = [[*run.key, run.prompt_tokens, times] for run, times in Counter(planned.runs).items()]
+    print(format_table([*planned.key_columns, "prompt tokens", "runs"], rows))
     print(
         f"the most telling first; they leave P50 uncertain by {planned.deviation:.2f} of a run's deviation, "
         f"{count(arguments.n, 'run')} at random by {planned.random_deviation:.2f}"
     )
 
 
+@verb(
+    "lutest check tables/mine.duckdb results-of-today/ || echo profile again",
+    TABLE,
+    add_runs,
+    argument(
+        "--false-alarm-rate",
+        type=float,
+        default=0.01,
+        metavar="A",
+        help="probability of an alarm though nothing has changed (default: 0.01)",
+    ),
+    argument(
+        "--tolerance",
+        type=float,
+        default=0.02,
+        metavar="T",
+        help="how much slower or faster still counts as the same (default: 0.02)",
+    ),
+    JSON,
+)
 def check(arguments: argparse.Namespace) -> int:
-    """Print whether a table still holds; 1 where it does not."""
-    from lutest.calibration.check import check as check_table
-    from lutest.tablefile.sql import database_errors
-
-    with database_errors(), progress_bar() as progress:
-        found = check_table(
+    """Test whether a table still holds for runs; exit code 1 if it does not."""
+    runs, config = given_runs(arguments)
+    with working() as progress:
+        found = lutest.check(
             arguments.table,
-            arguments.runs,
+            runs,
             false_alarm_rate=arguments.false_alarm_rate,
             tolerance=arguments.tolerance,
-            config=arguments.config,
+            config=config,
             progress=progress,
         )
+    status = 0 if found.holds else _DRIFTED
     if arguments.json:
         print_json(found.as_dict())
-        return 0 if found.drift.holds else _DRIFTED
-    alarms = found.drift.alarms
-    shown = [test for test in found.drift.tests if test.coverage.key is None]
-    shown += [test for test in alarms if test.coverage.key is not None][:_MOST_LINES]
+        return status
+    alarms = [test for test in found.alarms if test.coverage.key is not None]
+    shown = [test for test in found.tests if test.coverage.key is None] + alarms[:_MOST_LINES]
     headers = ["stage", "configuration", "runs", "observed / P50", "quantile", "within %", "p", "adjusted p", ""]
-    print(format_table(headers, [_test_row(test, test in alarms) for test in shown]))
-    more = len([test for test in alarms if test.coverage.key is not None]) - _MOST_LINES
-    if more > 0:
-        print(f"and {more} more of single configurations")
-    verdict = "still holds" if found.drift.holds else "no longer holds"
+    print(format_table(headers, [_test_row(test, test in found.alarms) for test in shown]))
+    if len(alarms) > _MOST_LINES:
+        print(f"and {len(alarms) - _MOST_LINES} more of single configurations")
+    verdict = "still holds" if found.holds else "no longer holds"
     print(
         f"{found.table}: {verdict} for {count(found.n_runs, 'run')}{_left_out(found.left_out)}; "
-        f"{count(len(found.drift.tests), 'test')}, false alarms at most {found.drift.false_alarm_rate:g}"
+        f"{count(len(found.tests), 'test')}, false alarms at most {found.false_alarm_rate:g}"
     )
-    return 0 if found.drift.holds else _DRIFTED
+    return status
 
 
-def _test_row(test: DriftTest, alarm: bool) -> list[object]:
+def _test_row(test: CoverageTest, alarm: bool) -> list[object]:
     held = test.coverage
     name = "all" if held.key is None else " ".join(map(str, held.key))
     return [

@@ -7,13 +7,17 @@ import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from lutest.cli.terminal import print_json, progress_bar
-from lutest.cli.text_tables import format_table, one_line
-from lutest.judging.evaluation import BANDS, STAGES, Evaluation, Score
+import lutest
+from lutest.cli.arguments import JSON, TABLE, add_runs, given_runs, verb
+from lutest.cli.printing import format_table, one_line, print_json, working
 from lutest.judging.finding import SEVERITIES, Finding, count
-from lutest.reader.figures import Key
 from lutest.reader.names import quantile_suffix
+
+if TYPE_CHECKING:
+    from lutest.judging.evaluate import Evaluation, Score
+    from lutest.reader.figures import Key
 
 __all__ = ["diagnose", "evaluate", "render_evaluation", "render_findings", "verify"]
 
@@ -21,37 +25,34 @@ _NONE = "–"
 _WIDTH = 110
 
 
+@verb("lutest evaluate tables/mine.duckdb held-out/", TABLE, add_runs, JSON)
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Judge a table by runs and print the figures."""
-    from lutest.judging.evaluate import evaluate as evaluate_table
-    from lutest.tablefile.sql import database_errors
-
-    with database_errors(), progress_bar() as progress:
-        evaluation = evaluate_table(arguments.table, arguments.runs, config=arguments.config, progress=progress)
+    """Judge a table by runs, best by runs that it was not built from."""
+    runs, config = given_runs(arguments)
+    with working() as progress:
+        evaluation = lutest.evaluate(arguments.table, runs, config=config, progress=progress)
     if arguments.json:
         print_json(evaluation.as_dict())
         return
     print(render_evaluation(evaluation))
 
 
+@verb("lutest diagnose results/", add_runs, JSON)
 def diagnose(arguments: argparse.Namespace) -> None:
-    """Print what is wrong with runs."""
-    from lutest.judging.diagnose import diagnose as diagnose_runs
-    from lutest.tablefile.sql import database_errors
-
-    with database_errors(), progress_bar() as progress:
-        findings = diagnose_runs(arguments.runs, config=arguments.config, progress=progress)
+    """Say what is wrong with runs before building on them."""
+    runs, config = given_runs(arguments)
+    with working() as progress:
+        findings = lutest.diagnose(runs, config=config, progress=progress)
     if arguments.json:
         print_json({"findings": [finding.as_dict() for finding in findings]})
         return
     print(render_findings(findings))
 
 
+@verb("lutest verify tables/mine.duckdb", TABLE, JSON)
 def verify(arguments: argparse.Namespace) -> None:
-    """Check a table as a whole and print what was checked."""
-    from lutest.tablefile.verify import verify as verify_table
-
-    verified = verify_table(arguments.table)
+    """Check every byte and every row of a table."""
+    verified = lutest.verify(arguments.table)
     if arguments.json:
         print_json(asdict(verified))
         return
@@ -78,6 +79,8 @@ def render_findings(findings: Sequence[Finding]) -> str:
 
 def render_evaluation(evaluation: Evaluation) -> str:
     """The evaluation as text for people; by output length and configuration the most telling figures alone."""
+    from lutest.judging.evaluate import BANDS
+
     names = [_quantile_name(q) for q in evaluation.overall[0].coverage]
     keys = list(dict.fromkeys(score.key for score in evaluation.by_key if score.key is not None))
     clamped = f"; {count(evaluation.n_clamped, 'run')} clamped at zero decode" if evaluation.n_clamped else ""
@@ -116,6 +119,8 @@ def render_evaluation(evaluation: Evaluation) -> str:
 
 def _grouped(title: str, scores: Sequence[Score], groups: Sequence[str | Key]) -> str:
     """One row a group: runs, and for each stage bias and coverage of P95."""
+    from lutest.judging.evaluate import STAGES
+
     stages = [stage for stage in STAGES if any(score.stage == stage for score in scores)]
     found = {(score.stage, score.key or score.output_tokens): score for score in scores}
     headers = [title, "runs", *(header for stage in stages for header in (f"{stage} bias %", "≤ P95 %"))]
@@ -124,7 +129,7 @@ def _grouped(title: str, scores: Sequence[Score], groups: Sequence[str | Key]) -
         held = [found.get((stage, group)) for stage in stages]
         if held[0] is None:  # every run has a prefill
             continue
-        row: list[object] = [" ".join(map(str, group)) if isinstance(group, Key) else group, held[0].n]
+        row: list[object] = [" ".join(map(str, group)) if isinstance(group, tuple) else group, held[0].n]
         for score in held:
             row += [_percent(score.bias), _percent(score.coverage[0.95])] if score is not None else [_NONE, _NONE]
         rows.append(row)

@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from lutest.cli.key_records import (
-    KEY_HEADERS,
-    KEY_NAMES,
-    count_runs,
-    format_key_table,
-    open_table,
-    read_key_records,
-    read_records,
-)
-from lutest.cli.terminal import print_json
-from lutest.cli.text_tables import format_table, one_line, unique_names
+import lutest
+from lutest.cli.arguments import JSON, TABLE, argument, given_key, given_prompt_tokens, verb
+from lutest.cli.printing import fitted_table, format_table, one_line, print_json, unique_names
 from lutest.judging.finding import count
 from lutest.reader.errors import ArgumentError
+from lutest.reader.names import quote
 
-__all__ = ["feasible", "info", "lookup", "sql"]
+if TYPE_CHECKING:
+    import duckdb
+
+    from lutest.reader.table import LatencyTable
+
+__all__ = ["count_runs", "feasible", "format_key_table", "info", "lookup", "read_key_records", "sql"]
 
 _LEAST_RUNS_FOR_BOUND = 59  # fewer runs have no distribution-free 95 % upper bound of a P95
+_MOST_VALUES_SHOWN = 12
+_BUDGET_Q = 0.95
 
 
+@verb("lutest info tables/mine.duckdb", TABLE, JSON)
 def info(arguments: argparse.Namespace) -> None:
-    """Print what a table is and holds."""
-    import lutest
-
+    """Say what a table is and holds."""
     table = lutest.load(arguments.table)  # says what is wrong with a file that is no table
-    with open_table(table.path) as connection:
-        meta = dict(connection.execute('SELECT "key", "value" FROM meta ORDER BY "key"').fetchall())
-        sources = read_records(
-            connection, "SELECT path, rows_read, rows_used, rows_rejected FROM sources ORDER BY path"
-        )
+    meta = table.meta
+    with _open_table(table.path) as connection:
+        sources = _records(connection, "SELECT path, rows_read, rows_used, rows_rejected FROM sources ORDER BY path")
         rejected = connection.execute(
             "SELECT reason, count(*) AS n FROM rejected_runs GROUP BY reason ORDER BY n DESC, reason"
         ).fetchall()
@@ -43,13 +44,14 @@ def info(arguments: argparse.Namespace) -> None:
     for key in keys:
         key["runs_wanted"] = max(0, _LEAST_RUNS_FOR_BOUND - key["n"])
     if arguments.json:
-        content = {"path": arguments.table, "meta": meta, "tiers": list(table.tiers), "keys": keys}
+        content = {"path": arguments.table, "meta": meta, "key_columns": list(table.key_columns), "keys": keys}
         print_json({**content, "sources": sources, "rejected": dict(rejected)})
         return
     facts = [
         ("table", arguments.table),
         ("model", _names(meta.get("model"))),
         ("device", _names(meta.get("device"))),
+        *_mixed_facts(meta),
         (
             "built",
             f"{meta.get('built_at')} by lutest {meta.get('lutest_version')}, DuckDB {meta.get('duckdb_version')}",
@@ -57,21 +59,38 @@ def info(arguments: argparse.Namespace) -> None:
         ("schema version", meta.get("schema_version")),
         ("content hash", meta.get("content_hash")),
         *_parent_facts(meta),
-        ("quantiles", ", ".join(map(str, json.loads(meta.get("quantiles", "[]"))))),
-        ("tiers", ", ".join(table.tiers)),
+        ("quantiles", ", ".join(map(str, table.quantiles))),
+        *((f"key: {name}", _values(table, place)) for place, name in enumerate(table.key_columns)),
         ("sources", f"{count(len(sources), 'file')}: {count_runs(sources)}"),
         ("rejected", ", ".join(f"{n:,} {reason}" for reason, n in rejected) or "none"),
     ]
-    for name, value in facts:
-        print(f"{name:<16}{one_line(value)}")
+    for title, value in facts:
+        print(f"{one_line(title):<16}{one_line(value)}")
     print()
-    print(format_key_table(keys, upper=True))
+    print(format_key_table(table.key_columns, keys, upper=True))
     thin = [key for key in keys if key["runs_wanted"]]
     if thin:
         print(f"\nthin: no upper bound of P95 below {_LEAST_RUNS_FOR_BOUND} runs")
         for key in thin:
-            name = " ".join(str(key[part]) for part in KEY_NAMES)
+            name = " ".join(str(key[part]) for part in table.key_columns)
             print(f"  {one_line(name)}: {count(key['n'], 'run')}, {key['runs_wanted']} more wanted")
+
+
+def _values(table: LatencyTable, place: int) -> str:
+    values = list(map(str, sorted({key[place] for key in table.keys})))
+    more = f" … {values[-1]} ({len(values)} values)" if len(values) > _MOST_VALUES_SHOWN else ""
+    return ", ".join(values[:_MOST_VALUES_SHOWN]) + more
+
+
+def _names(value: str | None) -> str:
+    return "; ".join(map(str, json.loads(value))) if value not in (None, "[]") else "not said by the runs"
+
+
+def _mixed_facts(meta: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What shares figures, on purpose, though it is not the same."""
+    mixed = json.loads(meta.get("mixed", "{}"))
+    shared = " and ".join(f"{len(names)} {what}s" for what, names in mixed.items() if names)
+    return [("mixed", f"runs of {shared} share figures: built with --mixed")] if shared else []
 
 
 def _parent_facts(meta: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -82,16 +101,84 @@ def _parent_facts(meta: Mapping[str, str]) -> list[tuple[str, str]]:
     return [("calibrated", f"with {count(n_runs or 0, 'run')} from the table {meta['parent_content_hash']}")]
 
 
-def lookup(arguments: argparse.Namespace) -> None:
-    """Print the estimate for one configuration, part by part."""
-    import lutest
+@contextlib.contextmanager
+def _open_table(path: str | os.PathLike[str]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Connect to a table file, read-only; what DuckDB says of it names the file."""
+    from lutest.tablefile.sql import connect, database_errors
 
+    with connect(path) as connection, database_errors(f"{path}: cannot be read as a latency table: "):
+        yield connection
+
+
+def _records(connection: duckdb.DuckDBPyConnection, query: str) -> list[dict[str, Any]]:
+    """Rows of a query, by column."""
+    cursor = connection.execute(query)
+    names = [column[0] for column in cursor.description or ()]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+def read_key_records(table: LatencyTable) -> list[dict[str, Any]]:
+    """One record per configuration of a table file, in the order of its keys."""
+    key = ", ".join(map(quote, table.key_columns))
+    with _open_table(table.path) as connection:
+        return _records(
+            connection,
+            f"""
+            SELECT configs.*, kv_len_min, kv_len_max
+            FROM configs LEFT JOIN (
+                SELECT {key}, min(kv_len) AS kv_len_min, max(kv_len) AS kv_len_max FROM decode_curve GROUP BY {key}
+            ) AS ranges USING ({key})
+            ORDER BY {key}
+            """,
+        )
+
+
+def format_key_table(key_columns: Sequence[str], keys: Sequence[Mapping[str, Any]], *, upper: bool) -> str:
+    """Lay out configurations, with their upper bounds and measured ranges if asked for."""
+    shown = {**{name: name for name in key_columns}, "n": "n", "prefill P50": "prefill_p50_ms", "P95": "prefill_p95_ms"}
+    if upper:
+        shown["P95 at most"] = "prefill_p95_upper_ms"
+    shown |= {"step P50": "decode_step_p50_ms", "step P95": "decode_step_p95_ms"}
+    headers = list(shown)
+    rows = [[key[name] for name in shown.values()] for key in keys]
+    if upper:
+        headers += ["prompt tokens", "KV length"]
+        for row, key in zip(rows, keys, strict=True):
+            row.append(f"{key['prompt_tokens_min']}–{key['prompt_tokens_max']}")
+            row.append(None if key["kv_len_min"] is None else f"{key['kv_len_min']}–{key['kv_len_max']}")
+    return f"{format_table(headers, rows)}\nlatencies in ms; step: one decode step"
+
+
+def count_runs(sources: Sequence[Mapping[str, Any]]) -> str:
+    """Runs read, used and rejected, over all sources."""
+    read, used, rejected = (
+        sum(source[name] for source in sources) for name in ("rows_read", "rows_used", "rows_rejected")
+    )
+    return f"{count(read, 'run')} read, {used:,} used, {rejected:,} rejected"
+
+
+@verb(
+    "lutest lookup tables/mine.duckdb low 8 16 --prompt-tokens 150 --output-tokens 32 -q 0.95",
+    TABLE,
+    argument("key", nargs="*", metavar="VALUE", help="the configuration: a value for each key column, in their order"),
+    argument("--prompt-tokens", type=int, metavar="P", help="vision + text tokens (default: as measured)"),
+    argument("--output-tokens", type=int, default=1, metavar="N", help="output tokens (default: 1, no decode)"),
+    argument("--budget-ms", type=float, metavar="B", help="also: how many output tokens fit"),
+    argument(
+        "-q", type=float, metavar="Q", help="quantile of the table (default: 0.5, and 0.95 for what fits a budget)"
+    ),
+    argument("--missing", choices=("error", "interpolate"), default="error", help="fill in what is not held"),
+    JSON,
+)
+def lookup(arguments: argparse.Namespace) -> None:
+    """Estimate one configuration, part by part."""
     table = lutest.load(arguments.table, missing=arguments.missing)
-    entry = table.lookup(arguments.tier, arguments.top_k, arguments.num_blocks)
-    explanation = entry.explain(arguments.prompt_tokens, arguments.output_tokens, arguments.q)
+    entry = table.lookup(*given_key(table, arguments.key))
+    q = {} if arguments.q is None else {"q": arguments.q}
+    explanation = entry.explain(arguments.prompt_tokens, arguments.output_tokens, **q)
     fitting = None
     if arguments.budget_ms is not None:
-        fitting = entry.max_output_tokens(arguments.budget_ms, arguments.prompt_tokens, arguments.q)
+        fitting = entry.max_output_tokens(arguments.budget_ms, arguments.prompt_tokens, **q)
     if arguments.json:
         content = explanation.as_dict()
         if fitting is not None:
@@ -100,48 +187,103 @@ def lookup(arguments: argparse.Namespace) -> None:
         return
     print("\n".join(map(one_line, str(explanation).split("\n"))))
     if fitting is not None:
-        print(f"  {arguments.budget_ms:g} ms fit {count(fitting, 'output token')}")
+        print(f"  {arguments.budget_ms:g} ms fit {count(fitting, 'output token')} at q = {q.get('q', _BUDGET_Q):g}")
 
 
+@verb(
+    "lutest feasible tables/mine.duckdb 500 --prompt-tokens low=150,medium=300,high=510",
+    TABLE,
+    argument("budget_ms", type=float, metavar="BUDGET_MS", help="latency budget of a run, ms"),
+    argument(
+        "--prompt-tokens",
+        metavar="P",
+        help="vision + text tokens, or those of each value of a key column: low=150,high=510 or users:1=99,64=200 "
+        "(default: as measured)",
+    ),
+    argument("--output-tokens", type=int, metavar="N", help="known output tokens: totals must fit"),
+    argument("--prefill-share", type=float, default=0.8, metavar="S", help="of the budget (default: 0.8)"),
+    argument("-q", type=float, metavar="Q", help="quantile of the table (default: 0.95)"),
+    argument("--margin", type=float, default=0.0, metavar="M", help="0.1: estimate × 1.1 must fit"),
+    argument(
+        "--p-at-least", type=float, metavar="P", help="totals must fit with this probability, over output lengths"
+    ),
+    argument("--by", choices=("expected",), help="the mean total over output lengths must fit"),
+    argument("--workload", metavar="NAME", help="whose output lengths (default: all of the table)"),
+    JSON,
+)
 def feasible(arguments: argparse.Namespace) -> None:
-    """Print the configurations that fit a budget."""
-    import lutest
-
+    """List configurations that fit a budget."""
     table = lutest.load(arguments.table)
-    prompt_tokens, output_tokens, q = arguments.prompt_tokens, arguments.output_tokens, arguments.q
+    prompt_tokens = given_prompt_tokens(table, arguments.prompt_tokens)
+    budget_ms, output_tokens, workload = arguments.budget_ms, arguments.output_tokens, arguments.workload
     keys = table.feasible(
-        arguments.budget_ms,
+        budget_ms,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         prefill_share=arguments.prefill_share,
-        q=q,
+        q=arguments.q,
         margin=arguments.margin,
+        p_at_least=arguments.p_at_least,
+        by=arguments.by,
+        workload=workload,
     )
+    q = _BUDGET_Q if arguments.q is None else arguments.q
     found = []
     for key in keys:
-        entry = table.lookup(*key)
-        record = {**key._asdict(), "n": entry.n, "prefill_ms": entry.prefill_ms(prompt_tokens, q)}
+        entry, prompt = table.lookup(*key), prompt_tokens
+        if isinstance(prompt, dict):
+            ((column, lengths),) = prompt.items()
+            prompt = lengths[key[table.key_columns.index(column)]]
+        record = {**dict(zip(table.key_columns, key, strict=True)), "n": entry.n}
+        record["prefill_ms"] = entry.prefill_ms(prompt, q)
         if output_tokens is not None:
-            record["total_ms"] = entry.total_ms(prompt_tokens, output_tokens, q)
+            record["total_ms"] = entry.total_ms(prompt, output_tokens, q)
+        if arguments.p_at_least is not None:
+            record["p_within"] = entry.p_within(budget_ms, prompt, workload)
+        if arguments.by is not None:
+            record["expected_total_ms"] = entry.expected_total_ms(prompt, workload)
         found.append(record)
     if arguments.json:
-        print_json({"budget_ms": arguments.budget_ms, "q": q, "feasible": found})
+        print_json({"budget_ms": budget_ms, "q": q, "feasible": found})
         return
-    if output_tokens is None:
-        condition = f"prefill within {arguments.prefill_share:g} of {arguments.budget_ms:g} ms"
-    else:
-        condition = f"the total of {count(output_tokens, 'output token')} within {arguments.budget_ms:g} ms"
-    condition += f" at q = {q:g}" + (f", margin {arguments.margin:g}" if arguments.margin else "")
+    condition = _condition(arguments, q)
     if not found:
         print(f"none of the {count(len(table.keys), 'configuration')} has {condition}")
         return
     print(f"{len(found)} of {count(len(table.keys), 'configuration')} have {condition}")
-    headers = (*KEY_HEADERS, "n", "prefill ms", *(("total ms",) if output_tokens is not None else ()))
+    headers = [name.replace("_ms", " ms") if name not in table.key_columns else name for name in found[0]]
     print(format_table(headers, [list(record.values()) for record in found]))
 
 
+def _condition(arguments: argparse.Namespace, q: float) -> str:
+    budget, margin = f"{arguments.budget_ms:g} ms", f", margin {arguments.margin:g}" if arguments.margin else ""
+    if arguments.p_at_least is not None:
+        return f"a total within {budget} with a probability of {arguments.p_at_least:g} or more{margin}"
+    if arguments.by is not None:
+        return f"an expected total within {budget}{margin}"
+    if arguments.output_tokens is None:
+        return f"prefill within {arguments.prefill_share:g} of {budget} at q = {q:g}{margin}"
+    return f"the total of {count(arguments.output_tokens, 'output token')} within {budget} at q = {q:g}{margin}"
+
+
+def _add_form(parser: argparse.ArgumentParser) -> None:
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--csv", action="store_true", help="print CSV")
+
+
+@verb(
+    'lutest sql tables/mine.duckdb "SELECT tier, prefill_ms(tier, top_k, num_blocks, 200, 0.95) FROM configs"',
+    TABLE,
+    argument("query", nargs="?", default="-", metavar="QUERY", help="SQL; from standard input if - or left out"),
+    _add_form,
+    argument("--unsafe", action="store_true", help="let the query read and write files, and load extensions"),
+    argument("--memory-limit", metavar="SIZE", help="the most memory to use, such as 500MB"),
+    argument("--threads", type=int, metavar="N", help="the most threads to use"),
+    argument("--timeout", type=float, metavar="SECONDS", help="stop the query after this time"),
+)
 def sql(arguments: argparse.Namespace) -> None:
-    """Run a query and print its rows."""
+    """Query a table with SQL, read-only and without access to anything else."""
     import csv
 
     from lutest.tablefile.sql import run_query
@@ -166,9 +308,8 @@ def sql(arguments: argparse.Namespace) -> None:
         writer.writerow(names)
         writer.writerows(rows)
     elif names:
-        print(format_table(names, rows))
-
-
-def _names(value: str | None) -> str:
-    names = json.loads(value) if value else []
-    return "; ".join(map(str, names)) or "not said by the runs"
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        text, is_cut = fitted_table(names, rows, width)
+        print(text)
+        if is_cut:
+            print(f"… text cut to the {width} columns of the terminal; whole in a pipe, or with --csv or --json")

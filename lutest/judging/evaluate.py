@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +14,19 @@ from numpy.typing import NDArray
 
 from lutest.builder.matched_runs import match_runs
 from lutest.judging import metrics
-from lutest.judging.evaluation import BANDS, Evaluation, Score
 from lutest.judging.provenance import provenance_warnings
 from lutest.reader.figures import Key
 from lutest.reader.loading import load
+from lutest.reader.names import quantile_suffix
 from lutest.reader.table import LatencyTable
-from lutest.runs.configuration import BuildConfig
+from lutest.runs.configuration import Config
 from lutest.runs.sources import Source
 from lutest.runs.work import work_database
 
-__all__ = ["Evaluation", "Score", "evaluate"]
+__all__ = ["BANDS", "STAGES", "Evaluation", "Score", "evaluate"]
+
+STAGES = ("prefill", "decode step", "decode total", "total")
+BANDS = ("1", "2", "3–5", "6–10", "11–20", "21–50", "51+")  # output tokens
 
 _BAND_ENDS = np.array([1, 2, 5, 10, 20, 50])  # of BANDS but the last
 MAX_STEPS = 2_000_000  # beyond them whole runs are picked by their hash, so that memory stays bounded
@@ -33,11 +37,110 @@ Columns = dict[str, NDArray[Any]]
 Progress = Callable[[str, int, int], None]
 
 
+@dataclass(frozen=True)
+class Score:
+    """Figures of one stage over one group of runs.
+
+    Attributes
+    ----------
+    stage : str
+        One of `STAGES`.
+    key : tuple or None
+        The configuration; None for all.
+    output_tokens : str or None
+        The band of output lengths; None for all.
+    n : int
+        Observations: runs, or steps.
+    r_squared : float
+        Of P50; NaN where all observations are equal.
+    mae_ms : float
+        Mean absolute error of P50.
+    mape, median_ape, bias : float
+        Of P50, as fractions: mean and median absolute error, and median signed error (above 0: predicted too high),
+        each relative to the observation. How observations of zero count is said in `lutest.judging.metrics`.
+    pinball_ms, coverage : dict
+        Quantile → mean pinball loss in ms, and share of observations at or below the prediction.
+    """
+
+    stage: str
+    key: Key | None
+    output_tokens: str | None
+    n: int
+    r_squared: float
+    mae_ms: float
+    mape: float
+    median_ape: float
+    bias: float
+    pinball_ms: dict[float, float]
+    coverage: dict[float, float]
+
+    def as_dict(self, key_columns: Sequence[str]) -> dict[str, Any]:
+        """Plain values, the configuration's under their names; None where a figure does not exist."""
+        named: dict[str, Any] = {
+            "stage": self.stage,
+            "n": self.n,
+            **{name: _or_none(getattr(self, name)) for name in ("r_squared", "mae_ms", "mape", "median_ape", "bias")},
+            "pinball_ms": {quantile_suffix(q): _or_none(value) for q, value in self.pinball_ms.items()},
+            "coverage": {quantile_suffix(q): _or_none(value) for q, value in self.coverage.items()},
+        }
+        if self.output_tokens is not None:
+            named = {"output_tokens": self.output_tokens, **named}
+        return {**dict(zip(key_columns, self.key or (), strict=False)), **named}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes
+    ----------
+    table : str
+        Path of the table; empty for one in memory.
+    key_columns : tuple of str
+        The names of its key columns.
+    n_runs : int
+        Runs that were judged.
+    n_clamped : int
+        Runs among them whose decode_ms was clamped at zero.
+    left_out : dict
+        Why runs were not judged → how many.
+    warnings : tuple of str
+        What makes the figures say less than they seem to.
+    overall, by_output_tokens, by_key : tuple of Score
+        Stage by stage; groups without observations are left out.
+    """
+
+    table: str
+    key_columns: tuple[str, ...]
+    n_runs: int
+    n_clamped: int
+    left_out: dict[str, int]
+    warnings: tuple[str, ...]
+    overall: tuple[Score, ...]
+    by_output_tokens: tuple[Score, ...]
+    by_key: tuple[Score, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON."""
+        scores = {
+            name: [score.as_dict(self.key_columns) for score in getattr(self, name)]
+            for name in ("overall", "by_output_tokens", "by_key")
+        }
+        return {
+            "table": self.table,
+            "n_runs": self.n_runs,
+            "n_clamped": self.n_clamped,
+            "left_out": self.left_out,
+            "warnings": list(self.warnings),
+            **scores,
+        }
+
+
 def evaluate(
     table: LatencyTable | str | os.PathLike[str],
     runs: Source | Sequence[Source],
     *,
-    config: str | os.PathLike[str] | Mapping[str, object] | BuildConfig | None = None,
+    config: Config | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Judge a table by runs, best by runs that it was not built from.
@@ -49,7 +152,7 @@ def evaluate(
     runs : path, DataFrame, or sequence of them
         Sources of runs, as for a build; paths are relative to the current folder.
     config : path, mapping or BuildConfig, optional
-        Where `columns` and `time_unit` are taken from, when the sources have field names or units of their own.
+        Where `key`, `columns` and `time_unit` are taken from, instead of what the table was built with.
     progress : callable, optional
         Called with (what, done, total) now and then.
 
@@ -78,7 +181,7 @@ def evaluate(
         warnings = (*warnings, step_note)
     overall, by_band, by_key = _all_scores(held, observations)
     n_clamped = int(judged["clamped"].sum())
-    return Evaluation(held.path, n_runs, n_clamped, left_out, warnings, overall, by_band, by_key)
+    return Evaluation(held.path, held.key_columns, n_runs, n_clamped, left_out, warnings, overall, by_band, by_key)
 
 
 def _judged_runs(connection: duckdb.DuckDBPyConnection) -> Columns:
@@ -212,3 +315,7 @@ def _score(stage: str, held: _Observations, rows: Ints, key: Key | None = None, 
         pinball_ms={q: metrics.pinball_loss(observed, values[rows], q) for q, values in held.predicted.items()},
         coverage={q: metrics.coverage(observed, values[rows]) for q, values in held.predicted.items()},
     )
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

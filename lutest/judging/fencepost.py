@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from lutest.judging.finding import Finding, brief_ms, percent
 from lutest.judging.step_regression import BANDS, StepFit, StepSample, group_median
 from lutest.reader.names import quote
+from lutest.runs.sources import field_column
 
-__all__ = ["PER_TOKEN_FIELDS", "check_fencepost", "check_kv_growth", "check_per_token_field"]
+__all__ = ["PER_TOKEN_FIELDS", "check_fencepost", "check_kv_growth", "check_per_token_fields"]
 
 PER_TOKEN_FIELDS = ("T_decode_per_token", "decode_per_token_ms")
 NEAR_WHOLE = 0.3  # steps: an offset this close to 0 or 1 step is taken for it
@@ -141,26 +142,22 @@ def check_kv_growth(fit: StepFit | None) -> Finding:
     return Finding("kv_growth", "note" if abs(growth) >= NOTED_GROWTH else "ok", sentence, figures)
 
 
-def check_per_token_field(
-    connection: duckdb.DuckDBPyConnection, columns: Mapping[str, str], milliseconds: float
-) -> list[Finding]:
+def check_per_token_fields(connection: duckdb.DuckDBPyConnection, milliseconds: float) -> list[Finding]:
     """Say by what a stored time per token was divided; no finding where no run has such a field.
 
     Parameters
     ----------
     connection : duckdb connection
-        Holds ``raw_runs`` and ``accepted_runs``.
-    columns : mapping
-        Field → its column in ``raw_runs``.
+        Holds ``raw_runs``, with what runs have of `PER_TOKEN_FIELDS`, and ``accepted_runs``.
     milliseconds : float
         Milliseconds in one unit of the sources' times.
     """
     findings = []
-    for name, column in columns.items():
+    for name in PER_TOKEN_FIELDS:
         row = connection.execute(
             f"""
             WITH stored AS (
-                SELECT TRY_CAST({quote(column)} AS DOUBLE) * {milliseconds!r} AS per_token,
+                SELECT TRY_CAST({quote(field_column(name))} AS DOUBLE) * {milliseconds!r} AS per_token,
                     decode_ms, output_tokens AS n
                 FROM accepted_runs JOIN raw_runs USING (source_id, "row")
                 WHERE output_tokens BETWEEN 2 AND {LONGEST_FOR_FIELD} AND decode_ms > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import duckdb
 
-from lutest.reader.names import KEY_COLUMNS
+from lutest.reader.names import quote
 from lutest.reader.table import LatencyTable
 from lutest.tablefile.sql import connect
 
@@ -61,8 +61,8 @@ def provenance_warnings(connection: duckdb.DuckDBPyConnection, table: LatencyTab
     return tuple(warnings)
 
 
-def _built_from(table: LatencyTable) -> tuple[list[str], list[tuple[object, ...]]] | None:
-    """SHA-256 of the sources, and (tier, top_k, num_blocks, min_ms, max_ms) of prefill."""
+def _built_from(table: LatencyTable) -> tuple[list[str], list[tuple[int, float]]] | None:
+    """SHA-256 of the sources, and (key_id, least or largest prefill) of each configuration."""
     if not table.path or not Path(table.path).is_file():
         return None
     with connect(table.path) as file:
@@ -70,8 +70,10 @@ def _built_from(table: LatencyTable) -> tuple[list[str], list[tuple[object, ...]
         if content is None or content[0] != table.meta.get("content_hash"):
             return None
         digests = [digest for (digest,) in file.execute("SELECT sha256 FROM sources").fetchall()]
-        columns = ", ".join(KEY_COLUMNS)
-        return digests, file.execute(f"SELECT {columns}, min_ms, max_ms FROM prefill").fetchall()
+        columns = ", ".join(map(quote, table.key_columns))
+        rows = file.execute(f"SELECT min_ms, max_ms, {columns} FROM prefill").fetchall()
+    numbers = {key: number for number, key in enumerate(table.keys)}
+    return digests, [(numbers[tuple(key)], value) for low, high, *key in rows for value in {low, high}]
 
 
 def _runs_of_same_files(connection: duckdb.DuckDBPyConnection, digests: list[str]) -> int:
@@ -84,31 +86,28 @@ def _runs_of_same_files(connection: duckdb.DuckDBPyConnection, digests: list[str
     )
 
 
-def _share_known(connection: duckdb.DuckDBPyConnection, extremes: list[tuple[object, ...]]) -> float:
+def _share_known(connection: duckdb.DuckDBPyConnection, extremes: list[tuple[int, float]]) -> float:
     distinct = _one(
         connection,
         """
         SELECT sum(n_distinct) / sum(n)
         FROM (
             SELECT count(DISTINCT prefill_ms) AS n_distinct, count(*) AS n
-            FROM matched_runs GROUP BY tier, top_k, num_blocks
+            FROM matched_runs GROUP BY key_id
         )
         """,
     )
     if distinct < LEAST_SHARE_DISTINCT:
         return 0.0
-    connection.execute(
-        "CREATE OR REPLACE TEMP TABLE extremes (tier VARCHAR, top_k INTEGER, num_blocks INTEGER, value DOUBLE)"
-    )
-    rows = [(*row[:3], value) for row in extremes for value in dict.fromkeys(row[3:])]
-    connection.executemany("INSERT INTO extremes VALUES (?, ?, ?, ?)", rows)
+    connection.execute("CREATE OR REPLACE TEMP TABLE extremes (key_id INTEGER, value DOUBLE)")
+    connection.executemany("INSERT INTO extremes VALUES (?, ?)", extremes)
     return _one(
         connection,
         f"""
         WITH nearest AS (
             SELECT min(abs(prefill_ms - value) / value) AS distance
-            FROM extremes JOIN matched_runs USING (tier, top_k, num_blocks)
-            GROUP BY tier, top_k, num_blocks, value
+            FROM extremes JOIN matched_runs USING (key_id)
+            GROUP BY key_id, value
         )
         SELECT coalesce(avg(CAST(distance < {_SAME_TIME} AS INTEGER)), 0) FROM nearest
         """,

@@ -108,21 +108,22 @@ def check_outliers(connection: duckdb.DuckDBPyConnection, k: float, kept: int) -
 
 def check_thin_keys(connection: duckdb.DuckDBPyConnection) -> Finding:
     """Configurations with too few runs for a P95 or for its upper bound."""
-    rows = connection.execute(
-        "SELECT tier, top_k, num_blocks, count(*) AS n FROM accepted_runs "
-        "GROUP BY tier, top_k, num_blocks ORDER BY n, tier, top_k, num_blocks"
-    ).fetchall()
-    thin = [row for row in rows if row[3] < RUNS_FOR_BOUND]
-    guessed = [row for row in rows if row[3] < RUNS_FOR_P95]
-    missing = sum(RUNS_FOR_BOUND - row[3] for row in thin)
+    found = connection.execute(
+        "SELECT n, keys.* EXCLUDE (key_id) FROM keys JOIN "
+        "(SELECT key_id, count(*) AS n FROM accepted_runs GROUP BY key_id) USING (key_id) ORDER BY n, key_id"
+    )
+    names = [column[0] for column in found.description or ()][1:]
+    rows = found.fetchall()
+    thin = [row for row in rows if row[0] < RUNS_FOR_BOUND]
+    guessed = [row for row in rows if row[0] < RUNS_FOR_P95]
+    missing = sum(RUNS_FOR_BOUND - row[0] for row in thin)
     figures = {
         "n_keys": len(rows),
         "n_below_59": len(thin),
         "n_below_20": len(guessed),
         "runs_missing": missing,
         "keys": [
-            {"tier": tier, "top_k": top_k, "num_blocks": blocks, "n": n, "runs_missing": RUNS_FOR_BOUND - n}
-            for tier, top_k, blocks, n in thin
+            {**dict(zip(names, key, strict=True)), "n": n, "runs_missing": RUNS_FOR_BOUND - n} for n, *key in thin
         ],
     }
     if not rows:
@@ -132,12 +133,10 @@ def check_thin_keys(connection: duckdb.DuckDBPyConnection) -> Finding:
         return Finding(
             "thin_keys",
             "ok",
-            f"each {of_all} has the {RUNS_FOR_BOUND} runs that bound a P95; the fewest: {rows[0][3]:,}",
+            f"each {of_all} has the {RUNS_FOR_BOUND} runs that bound a P95; the fewest: {rows[0][0]:,}",
             figures,
         )
-    named = ", ".join(
-        f"{tier} {top_k} {blocks} ({n:,}, {RUNS_FOR_BOUND - n} more)" for tier, top_k, blocks, n in thin[:NAMED_KEYS]
-    )
+    named = ", ".join(f"{' '.join(map(str, key))} ({n:,}, {RUNS_FOR_BOUND - n} more)" for n, *key in thin[:NAMED_KEYS])
     more = f" and {len(thin) - NAMED_KEYS} more" if len(thin) > NAMED_KEYS else ""
     guess = f", and with fewer than {RUNS_FOR_P95}, as {len(guessed)} of them, P95 is guesswork" if guessed else ""
     verb = "has" if len(thin) == 1 else "have"
@@ -186,26 +185,24 @@ def _raw_fences(connection: duckdb.DuckDBPyConnection) -> tuple[float, float]:
     row = connection.execute(
         f"""
         WITH sound AS (
-            SELECT tier, top_k, num_blocks, prefill_ms
+            SELECT key_id, prefill_ms
             FROM runs LEFT JOIN rejections USING (source_id, "row")
             WHERE rejections.reason IS NULL OR rejections.reason = 'outlier'
         ),
         quartiles AS (
-            SELECT
-                tier, top_k, num_blocks,
-                quantile_cont(prefill_ms, 0.25) AS q1, quantile_cont(prefill_ms, 0.75) AS q3
-            FROM sound GROUP BY tier, top_k, num_blocks
+            SELECT key_id, quantile_cont(prefill_ms, 0.25) AS q1, quantile_cont(prefill_ms, 0.75) AS q3
+            FROM sound GROUP BY key_id
         ),
         judged AS (
             SELECT *, prefill_ms BETWEEN q1 - {RAW_FENCES} * (q3 - q1) AND q3 + {RAW_FENCES} * (q3 - q1) AS inside
-            FROM sound JOIN quartiles USING (tier, top_k, num_blocks)
+            FROM sound JOIN quartiles USING (key_id)
         ),
         by_key AS (
             SELECT
                 count(*) AS n,
                 count(*) FILTER (NOT inside) AS n_cut,
                 quantile_cont(prefill_ms, 0.95) FILTER (inside) / quantile_cont(prefill_ms, 0.95) - 1 AS change
-            FROM judged GROUP BY tier, top_k, num_blocks
+            FROM judged GROUP BY key_id
         )
         SELECT coalesce(sum(n_cut) / sum(n), 0), coalesce(median(change), 0) FROM by_key
         """

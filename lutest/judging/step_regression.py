@@ -32,7 +32,7 @@ class StepSample:
     Attributes
     ----------
     key : ndarray of int
-        Number of the configuration, from 0.
+        The `key_id` of each.
     output_tokens, prompt_tokens : ndarray of int
         Lengths.
     decode_ms : ndarray of float
@@ -60,7 +60,7 @@ class StepFit:
     Attributes
     ----------
     level_ms : ndarray of shape (keys,)
-        The step of each configuration at its own mean KV length; NaN where all its runs are at zero.
+        The step of each configuration at its own mean KV length; NaN where no run of it has a time above zero.
     extra_steps : float
         Steps that a run holds beyond n - 1: 0 where decode_ms is the time of n - 1 steps, 1 where it is that of n.
     growth : float
@@ -81,18 +81,15 @@ def read_step_sample(connection: duckdb.DuckDBPyConnection) -> StepSample:
     """Read a bounded number of ``accepted_runs`` of two tokens or more per configuration, picked by their hash."""
     columns: dict[str, NDArray[Any]] = connection.execute(
         f"""
-        SELECT
-            dense_rank() OVER (ORDER BY tier, top_k, num_blocks) - 1 AS key_number,
-            output_tokens, prompt_tokens, decode_ms, timed
+        SELECT key_id, output_tokens, prompt_tokens, decode_ms, timed
         FROM accepted_runs
         WHERE output_tokens >= 2
-        QUALIFY row_number() OVER (PARTITION BY tier, top_k, num_blocks ORDER BY run_hash, source_id, "row")
-            <= {SAMPLE_RUNS_PER_KEY}
-        ORDER BY tier, top_k, num_blocks, run_hash, source_id, "row"
+        QUALIFY row_number() OVER (PARTITION BY key_id ORDER BY run_hash, source_id, "row") <= {SAMPLE_RUNS_PER_KEY}
+        ORDER BY key_id, run_hash, source_id, "row"
         """
     ).fetchnumpy()
     return StepSample(
-        np.asarray(columns["key_number"], dtype=np.int64),
+        np.asarray(columns["key_id"], dtype=np.int64),
         np.asarray(columns["output_tokens"], dtype=np.int64),
         np.asarray(columns["prompt_tokens"], dtype=np.int64),
         np.asarray(columns["decode_ms"], dtype=np.float64),

@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from lutest.profile.recorder import Recorder, RunConfiguration
+from lutest.profile.recorder import Recorder
 from lutest.reader.errors import ArgumentError
+from lutest.reader.figures import Key
 
 __all__ = ["record_generate"]
 
@@ -31,7 +32,7 @@ class _Generator(_Module, Protocol):
 
 def record_generate(
     recorder: Recorder,
-    key: RunConfiguration,
+    key: Key,
     model: _Generator,
     *,
     vision_tower: _Module | None = None,
@@ -51,8 +52,8 @@ def record_generate(
     ----------
     recorder : Recorder
         Keeps the run.
-    key : (tier, top_k, num_blocks)
-        The configuration that the model is set to.
+    key : tuple
+        The configuration that the model is set to, in the order of the recorder's key columns.
     model : module with a ``generate`` method
         Decoder-only, and called by `generate` once per token.
     vision_tower : module, optional

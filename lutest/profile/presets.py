@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from lutest.reader.errors import ArgumentError
 
-__all__ = ["PRESETS", "DecoderSize", "Preset", "VisionSize", "find_preset"]
+__all__ = ["PRESETS", "DecoderSize", "Preset", "VisionSize", "find_preset", "parse_output_lengths"]
 
 
 @dataclass(frozen=True)
@@ -167,3 +169,43 @@ def find_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ArgumentError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def parse_output_lengths(given: str) -> dict[int, float]:
+    """Weights by output tokens.
+
+    Parameters
+    ----------
+    given : str
+        ``2:30,8:10,32`` (tokens, and a weight that is 1 if left out), or the path of a table, whose ``output_length``
+        is taken, all workloads together.
+
+    Raises
+    ------
+    ArgumentError
+        It is neither.
+    TableError
+        The file is no table.
+    """
+    if Path(given).is_file():
+        from lutest.tablefile.sql import connect, database_errors
+
+        with connect(given) as connection, database_errors(f"{given}: has no output lengths: "):
+            rows = connection.execute(
+                "SELECT output_tokens, sum(n) FROM output_length GROUP BY output_tokens ORDER BY output_tokens"
+            ).fetchall()
+        return {int(tokens): float(n) for tokens, n in rows}
+    lengths: dict[int, float] = {}
+    for part in given.split(","):
+        tokens, _, weight = part.partition(":")
+        try:
+            length, share = int(tokens), float(weight or 1)
+        except ValueError:
+            length, share = 0, 0.0
+        if length < 1 or not 0 < share < math.inf:
+            raise ArgumentError(
+                f"output lengths {given!r}: {part!r} is neither the path of a table nor tokens with a weight, such as "
+                "2:30,8:10,32"
+            )
+        lengths[length] = lengths.get(length, 0.0) + share
+    return lengths

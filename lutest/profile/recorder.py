@@ -12,20 +12,20 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
-from lutest.profile.clock import Clock, make_clock
-from lutest.profile.machine import clock_record, device_name, software
+from lutest.profile.machine import Clock, clock_record, device_name, make_clock, software
 from lutest.profile.run import Run
 from lutest.profile.shards import RunStore
 from lutest.reader.errors import ArgumentError
+from lutest.reader.figures import Key
 
 __all__ = ["Recorder", "interleave", "measure_step_overhead"]
 
 _OVERHEAD_ROUNDS = 21
 _OVERHEAD_STEPS = 200
 
-# (tier, top_k, num_blocks)
-RunConfiguration = tuple[str, int, int]
+_Key = TypeVar("_Key", bound=Key)
 
 
 class Recorder:
@@ -40,6 +40,8 @@ class Recorder:
         Where the runs go.
     model : str
         What was profiled.
+    key_columns : sequence of str
+        What a configuration is made of, such as ``("gpu", "users")``; runs have the values under these names.
     device : str, optional
         What it ran on; the name of the CPU if left out.
     workload : str, optional
@@ -81,6 +83,7 @@ class Recorder:
         folder: str | os.PathLike[str],
         *,
         model: str,
+        key_columns: Sequence[str] = ("tier", "top_k", "num_blocks"),
         device: str | None = None,
         workload: str | None = None,
         synchronization: str = "none",
@@ -93,7 +96,7 @@ class Recorder:
         self.step_overhead_us = round(measure_step_overhead(self._clock), 4)
         self.n_recorded = 0
         self.n_warmup = 0
-        self._store = RunStore(Path(folder), {"model": model, **(settings or {})}, runs_per_shard)
+        self._store = RunStore(Path(folder), key_columns, {"model": model, **(settings or {})}, runs_per_shard)
         self._constants = {
             "workload": workload,
             "device": device or device_name(),
@@ -109,20 +112,20 @@ class Recorder:
             self._store.close()
             raise
 
-    def plan(
-        self, keys: Sequence[RunConfiguration], runs_per_key: int, *, seed: int = 0
-    ) -> list[tuple[RunConfiguration, int]]:
+    def plan(self, keys: Sequence[_Key], runs_per_key: int, *, seed: int = 0) -> list[tuple[_Key, int]]:
         """Runs still to do, configurations interleaved in random order: (key, sample_id) each.
 
         Parameters
         ----------
-        keys : sequence of (tier, top_k, num_blocks)
-            Configurations.
+        keys : sequence of tuple
+            Configurations, each in the order of the key columns.
         runs_per_key : int
             Runs that each of them is to have in all sessions together.
         seed : int
             Of the random order; the same seed gives the same order.
         """
+        for key in keys:
+            self._store.check_key(key)
         return [
             (key, sample_id)
             for key, sample_id in interleave(keys, runs_per_key, seed)
@@ -132,7 +135,7 @@ class Recorder:
     @contextlib.contextmanager
     def run(
         self,
-        key: RunConfiguration,
+        key: Key,
         *,
         sample_id: int | None = None,
         prompt_tokens: int | None = None,
@@ -144,8 +147,8 @@ class Recorder:
 
         Parameters
         ----------
-        key : (tier, top_k, num_blocks)
-            The configuration.
+        key : tuple
+            The configuration, in the order of the key columns.
         sample_id : int, optional
             Number of the run within its configuration; the next free one if left out.
         prompt_tokens, vision_tokens, text_tokens : int, optional
@@ -159,9 +162,9 @@ class Recorder:
         ArgumentError
             The key is none, the run is there already, its stages overlap, or its length is missing.
         """
-        tier, top_k, num_blocks = _checked_key(key)
+        self._store.check_key(key)
         if not warmup:
-            sample_id = self._free_sample_id((tier, top_k, num_blocks), sample_id)
+            sample_id = self._free_sample_id(key, sample_id)
         run = Run(self._clock, warmup=warmup)
         run.prompt_tokens, run.vision_tokens, run.text_tokens = prompt_tokens, vision_tokens, text_tokens
         started_at = _now()
@@ -177,9 +180,7 @@ class Recorder:
         self._store.append(
             {
                 "sample_id": sample_id,
-                "tier": tier,
-                "top_k": top_k,
-                "num_blocks": num_blocks,
+                **dict(zip(self._store.key_columns, key, strict=True)),
                 "prompt_tokens": run.prompt_tokens,
                 "vision_tokens": run.vision_tokens,
                 "text_tokens": run.text_tokens,
@@ -211,24 +212,22 @@ class Recorder:
     ) -> None:
         self.close()
 
-    def _free_sample_id(self, key: RunConfiguration, sample_id: int | None) -> int:
+    def _free_sample_id(self, key: Key, sample_id: int | None) -> int:
         if sample_id is None:
-            return 1 + max((run[3] for run in self._store.recorded if run[:3] == key), default=-1)
+            return 1 + max((int(run[-1]) for run in self._store.recorded if run[:-1] == key), default=-1)
         if (*key, sample_id) in self._store.recorded:
             raise ArgumentError(f"sample_id {sample_id} of {key} is recorded already; take runs from `plan`")
         return sample_id
 
 
-def interleave(
-    keys: Sequence[RunConfiguration], runs_per_key: int, seed: int
-) -> Iterator[tuple[RunConfiguration, int]]:
+def interleave(keys: Sequence[_Key], runs_per_key: int, seed: int) -> Iterator[tuple[_Key, int]]:
     """Every configuration once in random order, then every one again in another, and so on.
 
     Taken one after another, configurations would differ by what the machine did meanwhile: its heat, its load.
     """
     if runs_per_key < 1:
         raise ArgumentError(f"runs_per_key is {runs_per_key}; it must be at least 1")
-    distinct = list(dict.fromkeys(map(_checked_key, keys)))
+    distinct = list(dict.fromkeys(keys))
     for sample_id in range(runs_per_key):
         order = distinct.copy()
         random.Random(f"order {seed} {sample_id}").shuffle(order)
@@ -247,13 +246,6 @@ def measure_step_overhead(clock: Clock) -> float:
                 pass
         costs.append((time.perf_counter_ns() - started) / 1e3 / _OVERHEAD_STEPS)
     return statistics.median(costs)
-
-
-def _checked_key(key: RunConfiguration) -> RunConfiguration:
-    tier, top_k, num_blocks = key
-    if not isinstance(tier, str) or not tier or top_k < 1 or num_blocks < 1:
-        raise ArgumentError(f"{key!r} is no configuration: (tier, top_k, num_blocks), such as ('low', 8, 16)")
-    return tier, int(top_k), int(num_blocks)
 
 
 def _now() -> str:

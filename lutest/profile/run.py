@@ -8,7 +8,7 @@ from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
-from lutest.profile.clock import Clock
+from lutest.profile.machine import Clock
 from lutest.reader.errors import ArgumentError
 
 __all__ = ["Run", "StageTimes"]

@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import duckdb
+import filelock
 import yaml
 
-from lutest.reader.errors import BuildError, ConfigError, SourceError
+from lutest.reader.errors import ArgumentError, BuildError, ConfigError, SourceError
+from lutest.reader.figures import Key
+from lutest.reader.names import TEMPORARY_ENDING, literal, quote
+from lutest.tablefile.schema import refuse_key_names
 
-try:
-    import fcntl
-except ImportError:  # Windows: two sessions in one folder are not kept apart
-    fcntl = None  # type: ignore[assignment]
+__all__ = ["RunStore"]
 
-__all__ = ["RunKey", "RunStore"]
-
-# (tier, top_k, num_blocks, sample_id)
-RunKey = tuple[str, int, int, int]
-
+# Beside the key columns
 _COLUMNS = {
     "workload": "VARCHAR",
     "sample_id": "BIGINT",
-    "tier": "VARCHAR",
-    "top_k": "INTEGER",
-    "num_blocks": "INTEGER",
     "prompt_tokens": "INTEGER",
     "vision_tokens": "INTEGER",
     "text_tokens": "INTEGER",
@@ -52,7 +47,6 @@ _COLUMNS = {
 _MANIFEST = "profile.yaml"
 _LOCK = ".lutest-profile-lock"
 _SHARD = re.compile(r"runs-(\d{6})\.(parquet|jsonl)")
-_TEMPORARY_ENDING = ".lutest-tmp"
 
 
 class RunStore:
@@ -69,37 +63,64 @@ class RunStore:
     ----------
     folder : Path
         Made if it is not there.
+    key_columns : sequence of str
+        What a configuration is made of.
     settings : mapping
         What must be the same in all sessions; compared with what the folder holds.
     runs_per_shard : int
         Runs in one Parquet file.
+
+    Attributes
+    ----------
+    recorded : set of tuple
+        The runs that there are: the configuration's values, then `sample_id`.
 
     Raises
     ------
     BuildError
         The folder cannot be written, or another session is at work in it.
     ConfigError
-        The folder was begun with other settings.
+        The folder was begun with other settings, or a key column's name cannot be one.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, object], runs_per_shard: int) -> None:
+    def __init__(
+        self, folder: Path, key_columns: Sequence[str], settings: Mapping[str, object], runs_per_shard: int
+    ) -> None:
         self.folder = folder
-        self.recorded: set[RunKey] = set()
+        self.key_columns = tuple(key_columns)
+        refuse_key_names(self.key_columns)
+        for name in self.key_columns:
+            if name.lower() in _COLUMNS:
+                raise ConfigError(f"{name!r} cannot be a key column of a recorder: every run has a field of that name")
+        self.recorded: set[Key] = set()
         self._runs_per_shard = runs_per_shard
         self._journal: BinaryIO | None = None
         self._rows: list[dict[str, Any]] = []
+        self._lock = filelock.FileLock(folder / _LOCK, timeout=0)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / _LOCK, "ab")  # noqa: SIM115  held until the store is closed
+            with contextlib.suppress(NotImplementedError):  # a file system without locks
+                self._lock.acquire()
+        except filelock.Timeout as error:
+            raise BuildError(f"{folder}: another session records runs in this folder") from error
         except OSError as error:
             raise BuildError(f"{folder}: cannot record runs there: {error.strerror or error}") from error
         try:
-            self._take_lock()
-            self._manifest = _read_manifest(folder / _MANIFEST, settings)
+            self._manifest = _read_manifest(folder / _MANIFEST, {"key_columns": list(self.key_columns), **settings})
             self._recover()
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
+
+    def check_key(self, key: Key) -> None:
+        """Refuse what is no configuration, or is a text where the runs before it have a number."""
+        if not isinstance(key, tuple) or len(key) != len(self.key_columns) or not all(map(_is_value, key)):
+            raise ArgumentError(
+                f"{key!r} is no configuration: it is a tuple of {', '.join(self.key_columns)}, each a text or a number"
+            )
+        for name, value, held in zip(self.key_columns, key, next(iter(self.recorded), key), strict=False):
+            if isinstance(value, str) is not isinstance(held, str):
+                raise ArgumentError(f"{name} is {value!r}, and {held!r} in another run: give texts only, or numbers")
 
     def begin_session(self, session: Mapping[str, object]) -> None:
         """Add the record of a session to the manifest."""
@@ -122,7 +143,7 @@ class RunStore:
         except OSError as error:
             raise BuildError(f"{self.folder}: cannot write a run: {error.strerror or error}") from error
         self._rows.append(row)
-        self.recorded.add(_run_key(row))
+        self.recorded.add(self._run_key(row))
         if len(self._rows) >= self._runs_per_shard:
             self._compact()
 
@@ -130,23 +151,16 @@ class RunStore:
         """Let go of the folder."""
         if self._journal is not None:
             self._journal.close()
-        self._lock.close()
+        self._lock.release()
 
-    def _take_lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BuildError(f"{self.folder}: another session records runs in this folder") from error
-        except OSError:
-            return  # a file system without locks
+    def _run_key(self, row: Mapping[str, Any]) -> Key:
+        return (*(row[name] for name in self.key_columns), row["sample_id"])
 
     def _recover(self) -> None:
         """Clear what a killed session left half done, and see which runs there are."""
         numbers: dict[str, set[int]] = {"parquet": set(), "jsonl": set()}
         for path in sorted(self.folder.iterdir()):
-            if path.name.endswith(_TEMPORARY_ENDING):
+            if path.name.endswith(TEMPORARY_ENDING):
                 path.unlink()
             elif found := _SHARD.fullmatch(path.name):
                 numbers[found[2]].add(int(found[1]))
@@ -160,7 +174,7 @@ class RunStore:
         self._rows = []
         self._number = max(numbers["parquet"], default=0) + 1
         for number in sorted(numbers["parquet"]):
-            self.recorded |= _read_keys(self.folder / f"runs-{number:06}.parquet")
+            self.recorded |= self._read_keys(self.folder / f"runs-{number:06}.parquet")
 
     def _path(self, ending: str) -> Path:
         return self.folder / f"runs-{self._number:06}.{ending}"
@@ -176,24 +190,32 @@ class RunStore:
         self._number += 1
 
     def _write_shard(self) -> None:
-        temporary = self.folder / f".runs-{self._number:06}.parquet{_TEMPORARY_ENDING}"
-        columns = ", ".join(f"{name} {type_}" for name, type_ in _COLUMNS.items())
+        temporary = self.folder / f".runs-{self._number:06}.parquet{TEMPORARY_ENDING}"
+        types = {name: _stored_type([row[name] for row in self._rows]) for name in self.key_columns} | _COLUMNS
+        columns = ", ".join(f"{quote(name)} {type_}" for name, type_ in types.items())
         try:
             with duckdb.connect(config={"threads": 1}) as connection:
                 connection.execute(f"CREATE TABLE runs ({columns})")
-                one_row = f"({', '.join('?' * len(_COLUMNS))})"
+                one_row = f"({', '.join('?' * len(types))})"
                 connection.execute(  # one statement: a statement a row takes milliseconds each
                     f"INSERT INTO runs VALUES {', '.join([one_row] * len(self._rows))}",
-                    [row.get(name) for row in self._rows for name in _COLUMNS],
+                    [row.get(name) for row in self._rows for name in types],
                 )
-                name = str(temporary).replace("'", "''")
-                connection.execute(f"COPY runs TO '{name}' (FORMAT parquet, COMPRESSION zstd)")
+                connection.execute(f"COPY runs TO {literal(temporary)} (FORMAT parquet, COMPRESSION zstd)")
             _put(temporary, self._path("parquet"))
         except (duckdb.Error, OSError) as error:
             raise BuildError(f"{self._path('parquet')}: cannot be written: {str(error).splitlines()[0]}") from error
 
+    def _read_keys(self, path: Path) -> set[Key]:
+        columns = ", ".join(map(quote, (*self.key_columns, "sample_id")))
+        try:
+            with duckdb.connect() as connection:
+                return set(connection.execute(f"SELECT {columns} FROM read_parquet(?)", [str(path)]).fetchall())
+        except duckdb.Error as error:
+            raise SourceError(f"{path}: cannot be read as runs: {str(error).splitlines()[0]}") from error
+
     def _write_manifest(self) -> None:
-        temporary = self.folder / f".{_MANIFEST}{_TEMPORARY_ENDING}"
+        temporary = self.folder / f".{_MANIFEST}{TEMPORARY_ENDING}"
         try:
             temporary.write_text(
                 yaml.safe_dump(self._manifest, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8"
@@ -248,16 +270,13 @@ def _parse(line: bytes, number: int, path: Path) -> dict[str, Any]:
         raise SourceError(f"{path}: line {number} is not a run: {error}") from error
 
 
-def _read_keys(path: Path) -> set[RunKey]:
-    try:
-        with duckdb.connect() as connection:
-            rows = connection.execute(
-                "SELECT tier, top_k, num_blocks, sample_id FROM read_parquet(?)", [str(path)]
-            ).fetchall()
-    except duckdb.Error as error:
-        raise SourceError(f"{path}: cannot be read as runs: {str(error).splitlines()[0]}") from error
-    return {(row[0], row[1], row[2], row[3]) for row in rows}
+def _is_value(value: object) -> bool:
+    if isinstance(value, str):
+        return bool(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _run_key(row: Mapping[str, Any]) -> RunKey:
-    return row["tier"], row["top_k"], row["num_blocks"], row["sample_id"]
+def _stored_type(values: Sequence[object]) -> str:
+    if any(isinstance(value, str) for value in values):
+        return "VARCHAR"
+    return "DOUBLE" if any(isinstance(value, float) for value in values) else "BIGINT"

@@ -13,13 +13,15 @@ from typing import Any
 
 from lutest.profile.machine import cpu_name
 from lutest.profile.presets import Preset, find_preset
-from lutest.profile.recorder import Recorder, RunConfiguration, interleave
+from lutest.profile.recorder import Recorder, interleave
 from lutest.reader.errors import ArgumentError
 
 __all__ = ["SweepSummary", "run_sweep"]
 
 WORKLOAD = "synthetic"
 _WARMUP_OUTPUT_TOKENS = 4
+
+_Configuration = tuple[str, int, int]  # (tier, top_k, num_blocks)
 
 # (runs of all sessions, runs wanted)
 Progress = Callable[[int, int], None]
@@ -183,7 +185,7 @@ def _torch() -> Any:
 
 def _keys(
     sizes: Preset, tiers: Sequence[str] | None, top_k: Sequence[int] | None, num_blocks: Sequence[int] | None
-) -> list[RunConfiguration]:
+) -> list[_Configuration]:
     tiers = list(tiers or sizes.crops)
     top_k, num_blocks = list(top_k or sizes.top_k), list(num_blocks or sizes.num_blocks)
     for tier in tiers:
@@ -227,7 +229,7 @@ def _prepare_device(torch: Any, device: str, threads: int | None, synchronizatio
     return f"{torch.cuda.get_device_name(device)}, bfloat16", synchronization or "events"
 
 
-def _draw(sizes: Preset, lengths: Mapping[int, float], key: RunConfiguration, seed: int, number: int) -> _Request:
+def _draw(sizes: Preset, lengths: Mapping[int, float], key: _Configuration, seed: int, number: int) -> _Request:
     chance = random.Random(f"request {seed} {key} {number}")
     return _Request(
         crops=chance.randint(*sizes.crops[key[0]]) + 1,  # and the global one
@@ -239,7 +241,7 @@ def _draw(sizes: Preset, lengths: Mapping[int, float], key: RunConfiguration, se
 def _run_once(
     model: Any,
     recorder: Recorder,
-    key: RunConfiguration,
+    key: _Configuration,
     request: _Request,
     number: int,
     lengths: Mapping[int, float],

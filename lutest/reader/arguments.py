@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
-from typing import SupportsFloat, SupportsIndex, cast
+from collections.abc import Mapping, Sequence
+from typing import SupportsFloat, SupportsIndex, TypeVar, cast
 
 from lutest.reader.errors import ArgumentError
+from lutest.reader.figures import KeyColumn
 
-__all__ = ["MAX_TOKENS", "positive_ms", "quantile_index", "whole_number"]
+__all__ = ["MAX_TOKENS", "key_values", "positive_ms", "quantile_index", "whole_number"]
 
 MAX_TOKENS = 10**12
+
+_Value = TypeVar("_Value")
+
+
+def key_values(columns: Sequence[KeyColumn], values: Sequence[_Value], named: Mapping[str, _Value]) -> list[_Value]:
+    """Values of all key columns, in their order, from those given by place and by name.
+
+    Raises
+    ------
+    ArgumentError
+        Too few, too many, or of other columns: naming those of the table.
+    """
+    names = [column.name for column in columns]
+    held = dict(zip(names, values, strict=False))
+    if len(values) > len(names) or held.keys() & named.keys() or {*held, *named} != set(names):
+        given = ", ".join([*map(repr, values), *(f"{name}={value!r}" for name, value in named.items())])
+        raise ArgumentError(f"the key is ({given}); allowed: a value for each of {', '.join(names)}")
+    held.update(named)
+    return [held[name] for name in names]
 
 
 def whole_number(name: str, value: object, least: int) -> int:

@@ -1,113 +1,57 @@
-"""The reader's verbs over arrays, in NumPy: the same numbers as Entry's, to the last bit."""
+"""The reader's verbs over arrays, in NumPy: the same numbers as an entry's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lutest.reader.arguments import MAX_TOKENS, quantile_index
-from lutest.reader.batch_arguments import broadcast_arguments, checked_extent, flat_in_shape, positive_budgets
-from lutest.reader.curves import KeyPieces
+from lutest.reader.arguments import MAX_TOKENS, key_values, quantile_index
+from lutest.reader.arrays import SPAN, Floats, Ints, Level, decode_at, flat_level, flat_places, prefill_at, total_at
+from lutest.reader.curves import key_pieces
 from lutest.reader.errors import ArgumentError, NoDecodeDataError, UnknownKeyError
-from lutest.reader.figures import Figures
-from lutest.reader.grid import Floats, Ints, deviation_rows, deviation_terms, flatten
+from lutest.reader.figures import Figures, Key, described_key
 
 __all__ = ["Batch"]
 
-CHUNK = 32_768  # elements at a time, so that what lies between two steps stays in the cache
-_KEPT = 4  # scratch arrays that are kept for the next call: fresh memory costs more than the arithmetic in it
-
-_Scratch = tuple[Floats, Ints]
-_scratch: list[_Scratch] = []  # taken and given back with pop and append, each atomic
+_CHUNK = 8192  # elements at a time, so that what lies between two steps stays in the cache
+_INDEX_BYTES = 4 << 20  # of the tables from (key, length) to a piece; longer lengths are searched for
+_Number = TypeVar("_Number", np.float64, np.int64)
+_Part = tuple[slice, Ints, NDArray[np.bool_] | None]
 
 
 class Batch:
     """`table.batch`: the verbs of `Entry` over arrays of any shapes that broadcast.
 
     The first argument of each verb is an array of ids from `key_ids`. An id of -1, which `key_ids` gives for unknown
-    keys on request, is answered with NaN (`max_output_tokens`: with -1). Results equal those of `Entry` bit for bit.
-    Only measured keys have ids, also in a table that was loaded with ``missing="interpolate"``.
+    keys on request, is answered with NaN (`max_output_tokens`: with -1). Results equal those of `Entry` to 1e-12
+    relative. Only measured keys have ids, also in a table that was loaded with ``missing="interpolate"``.
     """
 
-    __slots__ = (
-        "_all_decode",
-        "_correlations",
-        "_cube",
-        "_deviations",
-        "_flats",
-        "_has_decode",
-        "_keys",
-        "_made_of",
-        "_median",
-        "_own",
-        "_prefill",
-        "_quantiles",
-        "_ratio_before",
-        "_sums",
-        "_sums_before",
-        "_tiers",
-        "_typical_prompt",
-        "_u",
-        "_v",
-        "_values_of_axes",
-        "_width",
-    )
-
-    def __init__(self, figures: Figures, pieces: Sequence[KeyPieces], grid: Floats) -> None:
-        self._made_of = figures, pieces, grid
-        self._quantiles, self._tiers = figures.quantiles, figures.tiers
-        self._median = self._quantiles.index(0.5)
-        self._keys = tuple(key.key for key in figures.keys)
-        self._flats = flatten(pieces, len(self._quantiles))
-        self._width = grid.shape[2]
-        flat, size, count = grid.reshape(-1), grid.shape[1] * grid.shape[2], len(self._quantiles)
-
-        def row(number: int, shift: int = 0) -> Floats:
-            return flat[number * size - shift : (number + 1) * size - shift]
-
-        # shifted by one element, a row gives at x what it holds at x - 1: n tokens are n - 1 steps
-        self._prefill = [row(i) for i in range(count)]
-        self._sums, self._sums_before, self._ratio_before = row(count), row(count, 1), row(count + 1, 1)
-        self._deviations = {
-            i: (row(first), row(first + 1), row(first + 2, 1)) for i, first in deviation_rows(self._quantiles).items()
-        }
-        self._own = np.array([key.prefill.quantiles_ms for key in figures.keys], dtype=np.float64).T.copy()
-        self._correlations = np.array([key.correlations for key in figures.keys], dtype=np.float64).T.copy()
-        self._u, self._v = deviation_terms(self._own, self._own[self._median], self._correlations)
+    def __init__(self, figures: Figures) -> None:
+        self._figures = figures
+        self._quantiles, self._median = figures.quantiles, figures.quantiles.index(0.5)
+        self._pieces = pieces = [key_pieces(key, self._median) for key in figures.keys]
+        self._places = flat_places(pieces, self._median)
+        self._levels = [flat_level(figures, pieces, i) for i in range(len(self._quantiles))]
         self._typical_prompt = np.array([key.prompt_tokens_p50 for key in figures.keys], dtype=np.int64)
-        self._has_decode = np.array([p.step is not None for p in pieces])
-        self._all_decode = bool(self._has_decode.all())
-        # not np.unique, which brings in numpy.ma at its first call
-        top_ks = np.array(sorted({key.top_k for key in self._keys}))
-        blocks = np.array(sorted({key.num_blocks for key in self._keys}))
-        self._values_of_axes = top_ks, blocks
-        # one more place along each axis stands for all values that were not measured
-        self._cube = np.full((len(self._tiers) + 1, len(top_ks) + 1, len(blocks) + 1), -1, dtype=np.int64)
-        for number, key in enumerate(self._keys):
-            place = self._tiers.index(key.tier), np.searchsorted(top_ks, key.top_k)
-            self._cube[(*place, np.searchsorted(blocks, key.num_blocks))] = number
+        self._has_decode = np.array([key.step is not None for key in pieces])
+        self._width = max(1, min(2048, _INDEX_BYTES // (16 * len(pieces))))
+        at = SPAN * np.arange(len(pieces))[:, None] + np.arange(self._width)
+        self._held_index, self._out_index = (_search(places, at).reshape(-1) for places in self._places)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Batch, self._made_of
+        return Batch, (self._figures,)
 
-    def key_ids(
-        self,
-        tiers: ArrayLike,
-        top_ks: ArrayLike,
-        num_blocks: ArrayLike,
-        missing: Literal["error", "nan"] = "error",
-    ) -> Ints:
+    def key_ids(self, *values: ArrayLike, missing: Literal["error", "nan"] = "error", **named: ArrayLike) -> Ints:
         """Ids of configurations, for the first argument of the other verbs.
 
         Parameters
         ----------
-        tiers : array_like of str or int
-            Names, or indices into the tiers of the table.
-        top_ks, num_blocks : array_like of int
-            Broadcast against `tiers`.
+        *values, **named : array_like
+            The table's key columns, in their order or by their names; they broadcast against each other.
         missing : {"error", "nan"}
             Unknown configurations raise, or have the id -1, which the other verbs answer with NaN.
 
@@ -121,71 +65,69 @@ class Batch:
         UnknownKeyError
             A configuration that was not measured, unless `missing` is ``"nan"``.
         ArgumentError
-            Arguments of a wrong type, or shapes that do not broadcast.
+            Too few or too many columns, columns of a wrong type, or shapes that do not broadcast.
         """
         if missing not in ("error", "nan"):
             raise ArgumentError(f"missing is {missing!r}; allowed: 'error', 'nan'")
-        names = np.asarray(tiers)
-        places = self._tier_places(names)
-        axes = []
-        for name, given, known in zip(
-            ("top_ks", "num_blocks"), (top_ks, num_blocks), self._values_of_axes, strict=True
-        ):
-            value = np.asarray(given)
-            if value.dtype.kind not in "iufb":
-                raise ArgumentError(f"{name} has dtype {value.dtype}; allowed: numbers")
-            place = np.minimum(np.searchsorted(known, value), len(known) - 1)
-            axes.append(np.where(known[place] == value, place, len(known)))
+        columns, keys = self._figures.key_columns, [key.key for key in self._figures.keys]
+        given = [np.asarray(value) for value in key_values(columns, values, named)]
+        for column, array in zip(columns, given, strict=True):
+            allowed = "UTO" if column.kind == "category" else "iuf"
+            if array.dtype.kind not in allowed and array.size:
+                wanted = "names" if column.kind == "category" else "numbers"
+                raise ArgumentError(f"{column.name} has dtype {array.dtype}; allowed: {wanted}")
         try:
-            ids: Ints = self._cube[places, axes[0], axes[1]]
-        except IndexError as error:
-            raise ArgumentError("tiers, top_ks and num_blocks have shapes that do not broadcast") from error
+            shape = np.broadcast_shapes(*(array.shape for array in given))
+        except ValueError as error:
+            names = ", ".join(column.name for column in columns)
+            raise ArgumentError(f"{names} have shapes that do not broadcast") from error
+        # from column to column, the number of the values so far among those that keys begin with; -1 once there is none
+        ids = np.zeros(shape, dtype=np.int64)
+        numbers: dict[Key, int] = {(): 0}
+        for place, array in enumerate(given):
+            levels = {value: number for number, value in enumerate(dict.fromkeys(key[place] for key in keys))}
+            level_of = np.full(array.shape, -1, dtype=np.int64)
+            for value, number in levels.items():
+                level_of[array == value] = number
+            longer: dict[Key, int] = {}
+            following = np.full((len(numbers) + 1, len(levels) + 1), -1, dtype=np.int64)
+            for key in keys:
+                number = longer.setdefault(key[: place + 1], len(longer))
+                following[numbers[key[:place]], levels[key[place]]] = number
+            ids, numbers = following[ids, level_of], longer
         if missing == "error" and (ids < 0).any():
             first = int(np.argmax(ids < 0))
-            tier, top_k, blocks = (
-                np.broadcast_to(np.asarray(a), ids.shape).flat[first] for a in (tiers, top_ks, num_blocks)
-            )
+            wrong = tuple(np.broadcast_to(array, shape).flat[first].item() for array in given)
             raise UnknownKeyError(
-                f"element {first}: tier={tier!s}, top_k={top_k!s}, num_blocks={blocks!s} was not measured; "
-                "missing='nan' answers NaN instead"
+                f"element {first}: {described_key(columns, wrong)} was not measured; missing='nan' answers NaN instead"
             )
         return ids
-
-    def _tier_places(self, names: NDArray[Any]) -> Ints:
-        count = len(self._tiers)
-        if names.dtype.kind in "iu":
-            return np.where((names >= 0) & (names < count), names, count).astype(np.int64)
-        if names.dtype.kind not in "UTO":
-            raise ArgumentError(f"tiers has dtype {names.dtype}; allowed: names or indices of {', '.join(self._tiers)}")
-        places = np.full(names.shape, count, dtype=np.int64)
-        for place, tier in enumerate(self._tiers):
-            places[names == tier] = place
-        return places
 
     def prefill_ms(self, ids: ArrayLike, prompt_tokens: ArrayLike | None = None, q: float = 0.5) -> Floats:
         """As `Entry.prefill_ms`: milliseconds, in the broadcast shape of the arguments."""
         i = quantile_index(self._quantiles, q)
-        shape, key, (x,) = broadcast_arguments(ids, {"prompt_tokens": prompt_tokens})
+        shape, key, (prompt,) = _broadcast(ids, {"prompt_tokens": prompt_tokens})
         out = np.empty(key.size)
-        for part, known, safe in self._chunks(key):
-            prompt = None if x is None else x[part]
-            longest = 0 if prompt is None else checked_extent("prompt_tokens", prompt, 0)[1]
-            out[part] = self._prefill_of(safe, prompt, longest, i)
-            _blank(out[part], known)
+        for part, safe, unknown in self._parts(key):
+            middle, apart = self._prefill(self._levels[i], safe, None if prompt is None else prompt[part])
+            out[part] = middle + self._side(i) * apart
+            _blank(out[part], unknown)
         return out.reshape(shape)
 
     def decode_step_ms(self, ids: ArrayLike, kv_len: ArrayLike, q: float = 0.5) -> Floats:
         """As `Entry.decode_step_ms`: milliseconds, in the broadcast shape of the arguments."""
         i = quantile_index(self._quantiles, q)
-        shape, key, (x,) = broadcast_arguments(ids, {"kv_len": kv_len})
-        assert x is not None
-        out = np.empty(key.size)
-        for part, known, safe in self._chunks(key):
-            kv = x[part]
-            checked_extent("kv_len", kv, 1)
-            self._need_decode(safe, known, None)
-            out[part] = self._flats.step.value(i, self._flats.step.pieces_at(safe, kv), kv)
-            _blank(out[part], known)
+        shape, key, (kv,) = _broadcast(ids, {"kv_len": kv_len})
+        assert kv is not None
+        _check_lengths("kv_len", kv, 1)
+        out = np.full(key.size, np.nan)
+        self._need_decode(key, None)
+        for number in sorted(set(key[key >= 0].tolist())):
+            step, chosen = self._pieces[number].step, key == number
+            assert step is not None
+            starts, values, slopes = (np.array(held) for held in (step.starts, step.values[i], step.slopes[i]))
+            j = _search(starts, kv[chosen])
+            out[chosen] = values[j] + slopes[j] * (kv[chosen] - starts[j])
         return out.reshape(shape)
 
     def decode_ms(
@@ -201,30 +143,25 @@ class Batch:
         return self._runs(ids, prompt_tokens, output_tokens, q, whole=True)
 
     def max_output_tokens(
-        self, ids: ArrayLike, budget_ms: ArrayLike, prompt_tokens: ArrayLike | None = None, q: float = 0.5
+        self, ids: ArrayLike, budget_ms: ArrayLike, prompt_tokens: ArrayLike | None = None, q: float = 0.95
     ) -> Ints:
         """As `Entry.max_output_tokens`, in the broadcast shape of the arguments; -1 where the id is -1."""
         i = quantile_index(self._quantiles, q)
-        budgets = positive_budgets(budget_ms)
-        shape, key, (x,) = broadcast_arguments(ids, {"prompt_tokens": prompt_tokens}, budgets.shape)
-        budget = flat_in_shape(budgets, shape)
-        prompt = x
+        budgets = _positive("budget_ms", budget_ms)
+        shape, key, (prompt,) = _broadcast(ids, {"prompt_tokens": prompt_tokens}, budgets.shape)
+        budget = _flat(budgets, shape)
         answer = np.full(key.size, -1, dtype=np.int64)
         known = np.flatnonzero(key >= 0)
-        least = self.prefill_ms(key, prompt, q)
-        answer[known] = least[known] <= budget[known]
-        open_rows = known[answer[known] == 1]
-        self._need_decode(key[open_rows], None, None)
+        one_ms = self._run_totals(key, prompt, np.ones_like(key), i, whole=True)
+        answer[known] = (one_ms <= budget)[known]
+        rows = opened = known[answer[known] == 1]
+        self._need_decode(key[opened], None)
 
         def fits(rows: Ints, n: Ints) -> NDArray[np.bool_]:
-            out = np.empty(rows.size)
-            self._fill(key[rows], None if prompt is None else prompt[rows], n, i, out, whole=True)
-            fitting: NDArray[np.bool_] = out <= budget[rows]
-            return fitting
+            totals = self._run_totals(key[rows], None if prompt is None else prompt[rows], n, i, whole=True)
+            return totals <= budget[rows]
 
-        low = np.ones(key.size, dtype=np.int64)
-        high = np.full(key.size, MAX_TOKENS + 1, dtype=np.int64)
-        rows = open_rows
+        low, high = np.ones(key.size, dtype=np.int64), np.full(key.size, MAX_TOKENS + 1, dtype=np.int64)
         reach = 2
         while rows.size and reach <= MAX_TOKENS:
             fitting = fits(rows, np.full(rows.size, reach, dtype=np.int64))
@@ -232,171 +169,165 @@ class Batch:
             rows = rows[fitting]
             low[rows] = reach
             reach *= 2
-        rows = open_rows
+        rows = opened
         while rows.size:
             middle = (low[rows] + high[rows]) // 2
             fitting = fits(rows, middle)
             low[rows[fitting]] = middle[fitting]
             high[rows[~fitting]] = middle[~fitting]
             rows = rows[high[rows] - low[rows] > 1]
-        answer[open_rows] = low[open_rows]
+        answer[opened] = low[opened]
         return answer.reshape(shape)
-
-    def _prefill_of(self, key: Ints, prompt: Ints | None, longest: int, i: int) -> Floats:
-        if prompt is None:
-            own: Floats = self._own[i][key]
-            return own
-        if longest < self._width:
-            held: Floats = self._prefill[i][key * self._width + prompt]
-            return held
-        return self._flats.prefill.value(i, self._flats.prefill.pieces_at(key, prompt), prompt)
 
     def _runs(
         self, ids: ArrayLike, prompt_tokens: ArrayLike | None, output_tokens: ArrayLike, q: float, whole: bool
     ) -> Floats:
         i = quantile_index(self._quantiles, q)
         tokens = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
-        shape, key, (prompt, n) = broadcast_arguments(ids, tokens)
+        shape, key, (prompt, n) = _broadcast(ids, tokens)
         assert n is not None
-        out = np.empty(key.size)
-        self._fill(key, prompt, n, i, out, whole)
-        return out.reshape(shape)
+        return self._run_totals(key, prompt, n, i, whole).reshape(shape)
 
-    def _fill(self, key: Ints, prompt: Ints | None, n: Ints, i: int, out: Floats, whole: bool) -> None:
-        floats, integers = scratch = _take_scratch()
-        for part, known, safe in self._chunks(key):
+    def _run_totals(self, key: Ints, prompt: Ints | None, n: Ints, i: int, whole: bool) -> Floats:
+        level, side, out = self._levels[i], self._side(i), np.empty(key.size)
+        for part, safe, unknown in self._parts(key):
             start, count = self._typical_prompt[safe] if prompt is None else prompt[part], n[part]
-            _, longest_prompt = checked_extent("prompt_tokens", start, 0)
-            fewest, most = checked_extent("output_tokens", count, 1)
-            self._need_decode(safe, known, count)
-            if longest_prompt + most <= self._width:
-                size = safe.size
-                self._look_up(
-                    safe, start, prompt is None, count, i, out[part], whole, floats[:, :size], integers[:, :size]
-                )
-            else:
-                self._compute(safe, start, prompt is None, count, i, out[part], whole)
-            if whole and i != self._median and fewest == 1:
-                one = np.flatnonzero(count == 1)
-                out[part][one] = self._prefill_of(safe[one], None if prompt is None else start[one], longest_prompt, i)
-            _blank(out[part], known)
-        if len(_scratch) < _KEPT:
-            _scratch.append(scratch)
-
-    def _look_up(
-        self,
-        key: Ints,
-        start: Ints,
-        own: bool,
-        n: Ints,
-        i: int,
-        out: Floats,
-        whole: bool,
-        floats: Floats,
-        integers: Ints,
-    ) -> None:
-        """Everything from the grid, in place; the order of operations is that of Entry."""
-        row, at = integers
-        steps_ms, a, b, c = floats
-        np.multiply(key, self._width, out=row)
-        np.add(row, start, out=at)
-        np.add(row, n, out=row)
-        self._sums.take(at, out=a, mode="wrap")  # "wrap": all is checked, and raise would copy
-        spread = None
-        if whole:
-            place = key if own else at
-            (self._own if own else self._prefill)[self._median].take(place, out=out, mode="wrap")
-        if i != self._median:
-            u, v, spread = self._deviations[i]
+            longest_prompt = _check_lengths("prompt_tokens", start, 0)
+            most = _check_lengths("output_tokens", count, 1)
+            self._need_decode(key[part], count)
+            end = start + count
+            end -= 1
+            indexed = max(longest_prompt + most, most + 1) <= self._width
+            pieces = (
+                self._pieces_of(self._held_index, self._places.held, safe, start, indexed),
+                self._pieces_of(self._held_index, self._places.held, safe, end, indexed),
+                self._pieces_of(self._out_index, self._places.out, safe, count, indexed),
+            )
+            lengths = start.astype(np.float64), end.astype(np.float64), count.astype(np.float64)
+            middle, spread = decode_at(level, pieces, lengths)
             if whole:
-                (self._u[i] if own else u).take(place, out=b, mode="wrap")
-                (self._v[i] if own else v).take(place, out=c, mode="wrap")
-        np.add(at, n, out=at)
-        self._sums_before.take(at, out=steps_ms, mode="wrap")
-        np.subtract(steps_ms, a, out=steps_ms)
-        self._ratio_before.take(row, out=a, mode="wrap")
-        np.multiply(steps_ms, a, out=a)
-        if whole:
-            np.add(out, a, out=out)
-        else:
-            out[:] = a
-        if spread is None:
-            return
-        spread.take(row, out=a, mode="wrap")
-        np.multiply(steps_ms, a, out=a)
-        if whole:
-            np.add(a, b, out=a)
-            np.multiply(a, a, out=a)
-            np.add(a, c, out=a)
-            np.sqrt(a, out=a)
-        (np.add if i > self._median else np.subtract)(out, a, out=out)
-
-    def _compute(self, key: Ints, start: Ints, own: bool, n: Ints, i: int, out: Floats, whole: bool) -> None:
-        """The same from the pieces, for lengths beyond the grid."""
-        prefill, step, ratio = self._flats
-        end, steps = start + n - 1, n - 1
-        steps_ms = step.sum_to(self._median, step.pieces_at(key, end), end)
-        steps_ms -= step.sum_to(self._median, step.pieces_at(key, start), start)
-        at_ratio = ratio.pieces_at(key, steps)
-        middle = ratio.value(self._median, at_ratio, steps)
-        out[:] = steps_ms * middle
-        if whole:
-            at_prefill = prefill.pieces_at(key, start)
-            median = self._own[self._median][key] if own else prefill.value(self._median, at_prefill, start)
-            out += median
-        if i == self._median:
-            return
-        deviation = steps_ms * np.abs(ratio.value(i, at_ratio, steps) - middle)
-        if whole:
-            if own:
-                u, v = self._u[i][key], self._v[i][key]
+                prefill = (
+                    prefill_at(level, pieces[0], lengths[0])
+                    if prompt is not None
+                    else (level.own.take(safe), level.own_apart.take(safe))
+                )
+                out[part] = total_at(prefill, (middle, spread), level.correlated.take(safe), side)
             else:
-                u, v = deviation_terms(prefill.value(i, at_prefill, start), median, self._correlations[i][key])
-            deviation += u
-            deviation *= deviation
-            deviation += v
-            np.sqrt(deviation, out=deviation)
-        (np.add if i > self._median else np.subtract)(out, deviation, out=out)
+                spread *= side
+                middle += spread
+                out[part] = middle
+            _blank(out[part], unknown)
+        return out
 
-    def _chunks(self, key: Ints) -> Iterator[tuple[slice, NDArray[np.bool_] | None, Ints]]:
-        """Slices of the arrays, which of their ids are known (None: all), and ids with 0 for those that are not."""
-        count = len(self._keys)
-        size = -(-key.size // max(1, -(-key.size // CHUNK)))  # even ones: a short one costs as many calls
-        for first in range(0, key.size, size or 1):
-            part = slice(first, first + size)
+    def _prefill(self, level: Level, key: Ints, prompt: Ints | None) -> tuple[Floats, Floats]:
+        if prompt is None:
+            return level.own.take(key), level.own_apart.take(key)
+        indexed = _check_lengths("prompt_tokens", prompt, 0) < self._width
+        piece = self._pieces_of(self._held_index, self._places.held, key, prompt, indexed)
+        found: tuple[Floats, Floats] = prefill_at(level, piece, prompt.astype(np.float64))
+        return found
+
+    def _pieces_of(self, index: Ints, places: Ints, key: Ints, x: Ints, indexed: bool) -> Ints:
+        if not indexed:
+            return _search(places, key * SPAN + x)
+        at = key * self._width
+        at += x
+        return index.take(at)
+
+    def _side(self, i: int) -> float:
+        return float((i > self._median) - (i < self._median))
+
+    def _parts(self, key: Ints) -> Iterator[_Part]:
+        """Slices of the arrays, with ids of which those that are unknown are 0, and which these are (None: none)."""
+        count = len(self._has_decode)
+        for first in range(0, key.size, _CHUNK):
+            part = slice(first, first + _CHUNK)
             ids = key[part]
             if int(np.maximum.reduce(ids.view(np.uint64))) < count:  # unsigned: negative ones are large
-                yield part, None, ids
+                yield part, ids, None
                 continue
             wrong = (ids < -1) | (ids >= count)
             if wrong.any():
                 raise ArgumentError(f"ids holds {ids[wrong][0]}; allowed: 0 to {count - 1}, and -1 for an unknown key")
-            known = ids >= 0
-            yield part, known, np.where(known, ids, 0)
+            unknown = ids < 0
+            yield part, np.where(unknown, 0, ids), unknown
 
-    def _need_decode(self, key: Ints, known: NDArray[np.bool_] | None, n: Ints | None) -> None:
-        if self._all_decode:
+    def _need_decode(self, key: Ints, n: Ints | None) -> None:
+        if self._has_decode.all():
             return
-        lacking = ~self._has_decode[key]
-        if known is not None:
-            lacking &= known
+        lacking = (key >= 0) & ~self._has_decode[key]
         if n is not None:
             lacking &= n > 1
         if lacking.any():
-            first = self._keys[int(key[lacking][0])]
+            first = self._figures.keys[int(key[lacking][0])].key
             raise NoDecodeDataError(
-                f"tier={first.tier!r}, top_k={first.top_k}, num_blocks={first.num_blocks}: all its runs have one "
-                "token, so nothing is known of its decode steps; only output_tokens=1 can be answered"
+                f"{described_key(self._figures.key_columns, first)}: all its runs have one token, so nothing is known "
+                "of its decode steps; only output_tokens=1 can be answered"
             )
 
 
-def _take_scratch() -> _Scratch:
+def _search(places: Ints, at: Ints) -> Ints:
+    """Piece that a length is in; before the first one, that."""
+    found: Ints = np.searchsorted(places, at, side="right") - 1
+    return found
+
+
+def _blank(out: Floats, unknown: NDArray[np.bool_] | None) -> None:
+    if unknown is not None:
+        out[unknown] = np.nan
+
+
+def _broadcast(
+    ids: ArrayLike, tokens: Mapping[str, ArrayLike | None], like: tuple[int, ...] = ()
+) -> tuple[tuple[int, ...], Ints, list[Ints | None]]:
+    """The broadcast shape, and ids and tokens in it: flat, contiguous, int64; None stays None."""
+    keys = np.asarray(ids)
+    if keys.dtype.kind not in "iu":
+        raise ArgumentError(f"ids has dtype {keys.dtype}; allowed: the integers that key_ids gives")
+    given = [None if value is None else _whole_numbers(name, value) for name, value in tokens.items()]
+    shapes = [keys.shape, *(array.shape for array in given if array is not None), like]
     try:
-        return _scratch.pop()
-    except IndexError:
-        return np.empty((4, CHUNK)), np.empty((2, CHUNK), dtype=np.int64)
+        shape = np.broadcast_shapes(*shapes)
+    except ValueError as error:
+        listed = ", ".join(map(str, shapes))
+        raise ArgumentError(f"the arguments have shapes that do not broadcast: {listed}") from error
+    flat = [array if array is None else _flat(array, shape) for array in given]
+    return shape, _flat(keys.astype(np.int64, copy=False), shape), flat
 
 
-def _blank(out: Floats, known: NDArray[np.bool_] | None) -> None:
-    if known is not None:
-        out[~known] = np.nan
+def _flat(array: NDArray[_Number], shape: tuple[int, ...]) -> NDArray[_Number]:
+    return np.ascontiguousarray(np.broadcast_to(array, shape)).reshape(-1)
+
+
+def _whole_numbers(name: str, value: ArrayLike) -> Ints:
+    array = np.asarray(value)
+    if array.dtype.kind in "iub" or array.size == 0:
+        return array.astype(np.int64, copy=False)
+    if array.dtype.kind != "f":
+        raise ArgumentError(f"{name} has dtype {array.dtype}; allowed: whole numbers")
+    wrong = ~((np.abs(array) <= MAX_TOKENS) & (array == np.floor(array)))
+    if wrong.any():
+        raise ArgumentError(f"{name} holds {array[wrong].flat[0]}; allowed: whole numbers up to {MAX_TOKENS}")
+    return array.astype(np.int64)
+
+
+def _positive(name: str, value: ArrayLike) -> Floats:
+    numbers = np.asarray(value)
+    if numbers.dtype.kind not in "iuf":
+        raise ArgumentError(f"{name} has dtype {numbers.dtype}; allowed: numbers")
+    numbers = numbers.astype(np.float64)
+    wrong = ~((numbers > 0.0) & (numbers < np.inf))
+    if wrong.any():
+        raise ArgumentError(f"{name} holds {numbers[wrong].flat[0]}; allowed: finite milliseconds above 0")
+    return numbers
+
+
+def _check_lengths(name: str, x: Ints, least: int) -> int:
+    """Largest of some lengths, checked."""
+    # as unsigned, negative numbers are large: where 0 is allowed, one pass finds both ends
+    low = int(np.minimum.reduce(x, initial=least)) if least else 0
+    high = int(np.maximum.reduce(x.view(np.uint64), initial=0))
+    if low < least or high > MAX_TOKENS:
+        wrong = x[(x < least) | (x > MAX_TOKENS)]
+        raise ArgumentError(f"{name} holds {wrong[0]}; allowed: whole numbers from {least} to {MAX_TOKENS}")
+    return high

@@ -9,15 +9,25 @@ from itertools import groupby
 from typing import Any, NoReturn
 
 from lutest.reader.errors import TableError
-from lutest.reader.figures import Curve, Figures, Key, KeyFigures, Quality, Summary, TotalRatios
-from lutest.reader.names import KEY_COLUMNS, SCHEMA_VERSION, quantile_column, quantile_suffix
+from lutest.reader.figures import (
+    Curve,
+    Figures,
+    Key,
+    KeyColumn,
+    KeyFigures,
+    Quality,
+    Summary,
+    TotalRatios,
+    described_key,
+)
+from lutest.reader.names import KEY_COLUMNS, REBUILD, SCHEMA_VERSION, quantile_column, quantile_suffix
 
-__all__ = ["REBUILD", "Row", "check_figures"]
+__all__ = ["Row", "check_figures"]
 
 Row = tuple[Any, ...]
 Keys = Mapping[Key, object]
 
-REBUILD = "build it again with `lutest build`"
+_TYPES = {"VARCHAR": str, "BIGINT": int, "DOUBLE": float}
 _SOURCES = ("measured", "calibrated", "interpolated", "extrapolated")
 
 
@@ -49,10 +59,13 @@ class _Checker:
     def __init__(self, path: str, rows: Callable[[str, Sequence[str]], list[Row]]) -> None:
         self.path = path
         self.rows = rows
+        self.key_columns: tuple[KeyColumn, ...] = ()
 
     def figures(self) -> Figures:
         meta = self.meta()
         self.quantiles = self.levels(meta)
+        self.key_columns = self.columns_of_keys(meta)
+        mixed = self.mixed(meta)
         self.median = self.quantiles.index(0.5)
         self.latencies = [quantile_column(q) for q in self.quantiles]
         columns = ("n", "p95_upper_ms", "mean_ms", *self.latencies)
@@ -85,13 +98,13 @@ class _Checker:
                 decode_curve=decode_curves.get(key),
                 decode_total=ratios.get(key),
                 correlations=self.correlations(key, correlations.get(key)),
+                mixed=mixed,
                 source="calibrated" if "calibrated" in prefill_curves[key].source else "measured",
             )
             for key, row in prefill.items()
         ]
-        tiers = _tiers(keys)
-        keys.sort(key=lambda held: (tiers.index(held.key.tier), held.key.top_k, held.key.num_blocks))
-        return Figures(self.quantiles, tiers, tuple(keys), self.output_lengths(), self.qualities(), meta)
+        keys.sort(key=lambda held: held.key)
+        return Figures(self.quantiles, self.key_columns, tuple(keys), self.output_lengths(), self.qualities(), meta)
 
     def whole(self, prefill: Keys, prefill_curves: Keys, decode: Keys, curves: Keys, ratios: Keys, total: Keys) -> None:
         """Check that a configuration that is in one table is in all others that it belongs to."""
@@ -109,7 +122,7 @@ class _Checker:
                 self.fail("decode", key, f"has no rows, but rows in {table}")
 
     def fail(self, table: str, key: Key | None, problem: str) -> NoReturn:
-        at = f", tier={key.tier!r}, top_k={key.top_k}, num_blocks={key.num_blocks}" if key else ""
+        at = f", {described_key(self.key_columns, key)}" if key else ""
         raise TableError(f"{self.path}: table {table}{at}: {problem}; {REBUILD}")
 
     def meta(self) -> dict[str, str]:
@@ -134,29 +147,52 @@ class _Checker:
         if not (
             isinstance(levels, list)
             and all(type(q) is float and 0.0 < q < 1.0 for q in levels)
-            and 0.5 in levels
+            and {0.5, 0.95} <= set(levels)
             and levels == sorted(set(levels))
         ):
-            self.fail("meta", None, f"quantiles is {text!r}, not an increasing list between 0 and 1 with 0.5")
+            self.fail("meta", None, f"quantiles is {text!r}, not an increasing list between 0 and 1 with 0.5 and 0.95")
         return tuple(levels)
+
+    def columns_of_keys(self, meta: dict[str, str]) -> tuple[KeyColumn, ...]:
+        text = meta.get(KEY_COLUMNS, "")
+        try:
+            columns = tuple(KeyColumn(**column) for column in json.loads(text))
+        except (TypeError, ValueError):
+            columns = ()
+        sound = {("category", "VARCHAR"), ("number", "BIGINT"), ("number", "DOUBLE")}
+        names = {column.name for column in columns if type(column.name) is str}
+        if not 1 <= len(columns) == len(names) <= 8 or not {column[1:] for column in columns} <= sound:
+            self.fail("meta", None, f"{KEY_COLUMNS} is {text!r}, not one to eight columns with name, kind and type")
+        return columns
+
+    def mixed(self, meta: dict[str, str]) -> str:
+        text = meta.get("mixed")
+        if text is None:
+            return ""
+        try:
+            return "; ".join(f"{name} {', '.join(values)}" for name, values in json.loads(text).items())
+        except (AttributeError, TypeError, ValueError):
+            self.fail("meta", None, f"mixed is {text!r}, not lists of models and devices")
 
     def grouped(self, table: str, columns: Sequence[str]) -> Iterator[tuple[Key, list[Row]]]:
         """Rows per configuration, ordered by the first of the columns."""
-        rows = self.rows(table, (*KEY_COLUMNS, *columns))
+        width = len(self.key_columns)
+        rows = self.rows(table, (*(column.name for column in self.key_columns), *columns))
         for row in rows:
-            tier, top_k, num_blocks, place = row[:4]
-            if not (type(tier) is str and type(top_k) is int and type(num_blocks) is int):
-                self.fail(table, None, f"configuration {row[:3]!r} is not (text, whole number, whole number)")
-            if place is None:
-                self.fail(table, Key(*row[:3]), f"{columns[0]} is NULL")
-        rows.sort(key=lambda row: row[:4])
-        for place, group in groupby(rows, key=lambda row: row[:3]):
-            yield Key(*place), [row[3:] for row in group]
+            for column, value in zip(self.key_columns, row, strict=False):
+                sound = type(value) is _TYPES[column.type] and (type(value) is not float or math.isfinite(value))
+                if not sound:
+                    self.fail(table, None, f"{column.name} of the configuration {row[:width]!r} is no {column.kind}")
+            if columns and row[width] is None:
+                self.fail(table, row[:width], f"{columns[0]} is NULL")
+        rows.sort(key=lambda row: row[: width + 1])
+        for key, group in groupby(rows, key=lambda row: row[:width]):
+            yield key, [row[width:] for row in group]
 
     def one_per_key(self, table: str, columns: Sequence[str]) -> dict[Key, Row]:
         held = {}
-        # the key columns once more in front: any of the others may be NULL
-        for key, rows in self.grouped(table, ("tier", *columns)):
+        # a key column once more in front: any of the others may be NULL
+        for key, rows in self.grouped(table, (self.key_columns[0].name, *columns)):
             if len(rows) > 1:
                 self.fail(table, key, f"has {len(rows)} rows, not one")
             held[key] = rows[0][1:]
@@ -274,16 +310,3 @@ class _Checker:
                         self.fail("quality", key, f"{name} is {value!r}, not finite")
                 held.append(Quality(key, workload, n, accuracy, lower, upper))
         return tuple(held)
-
-
-def _tiers(keys: Sequence[KeyFigures]) -> tuple[str, ...]:
-    prompts: dict[str, list[int]] = {}
-    for held in keys:
-        prompts.setdefault(held.key.tier, []).append(held.prompt_tokens_p50)
-    return tuple(sorted(prompts, key=lambda tier: (_twice_median(prompts[tier]), tier)))
-
-
-def _twice_median(values: list[int]) -> int:
-    """Without the module statistics, which would be a quarter of all that is imported for a lookup."""
-    ordered, middle = sorted(values), len(values) // 2
-    return ordered[middle] + ordered[-1 - middle]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from lutest.reader.figures import FillError, Key
+from lutest.reader.figures import Curve, FillError, KeyColumn, KeyFigures
 
-__all__ = ["Explanation", "Part"]
+__all__ = ["Explanation", "Part", "explained"]
+
+_RANK = {"measured": 0, "calibrated": 1, "interpolated": 2, "extrapolated": 3}
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Part:
     n : int
         Observations behind it: those of the knots that it rests on; 0 for a configuration that was filled in.
     source : str
-        ``measured``, ``interpolated`` or ``extrapolated``.
+        ``measured``, ``calibrated``, ``interpolated`` or ``extrapolated``.
     p95_upper_ms : float or None
         95 % upper confidence bound of the configuration's own P95, all lengths together; None where not known.
     """
@@ -36,11 +39,12 @@ class Part:
 class Explanation:
     """An estimate with all its parts.
 
-    `decode_step` is the first step, None where no run had one; `fill_error` how far off a configuration is that was
-    filled in, None for a measured one.
+    `key` maps the names of the key columns to the configuration's values. `decode_step` is the first step, None where
+    no run had one; `fill_error` how far off a configuration is that was filled in, None for a measured one; `mixed`
+    which models and devices the table mixes, where it does.
     """
 
-    key: Key
+    key: dict[str, str | int | float]
     prompt_tokens: int | None
     output_tokens: int
     q: float
@@ -49,29 +53,95 @@ class Explanation:
     decode: Part
     total: Part
     fill_error: FillError | None = None
+    mixed: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, ready for JSON."""
-        return {**asdict(self), "key": self.key._asdict()}
+        return asdict(self)
 
     def __str__(self) -> str:
         prompt = "prompt tokens not given" if self.prompt_tokens is None else f"{self.prompt_tokens} prompt tokens"
+        named = ", ".join(f"{name}={value}" for name, value in self.key.items())
         lines = [
-            f"{self.key.tier} top_k={self.key.top_k} num_blocks={self.key.num_blocks}: {prompt}, "
-            f"{self.output_tokens} output tokens, q={self.q:g}",
+            f"{named}: {prompt}, {self.output_tokens} output tokens, q={self.q:g}",
             f"  {'part':<12}{'ms':>12}{'n':>9}  {'source':<13}P95 at most",
         ]
-        for name in ("prefill", "decode_step", "decode", "total"):
-            part: Part | None = getattr(self, name)
+        parts = {"prefill": self.prefill, "first step": self.decode_step, "decode": self.decode, "total": self.total}
+        for name, part in parts.items():
             if part is None:
                 continue
             upper = "" if part.p95_upper_ms is None else f"{part.p95_upper_ms:.3f}"
-            label = "first step" if name == "decode_step" else name
-            lines.append(f"  {label:<12}{part.value_ms:>12.3f}{part.n:>9}  {part.source:<13}{upper}".rstrip())
+            lines.append(f"  {name:<12}{part.value_ms:>12.3f}{part.n:>9}  {part.source:<13}{upper}".rstrip())
         if self.fill_error is not None:
             errors = {"prefill": self.fill_error.prefill, "decode step": self.fill_error.decode_step}
             known = [f"{error:.1%} in {name}" for name, error in errors.items() if error is not None]
             lines.append(
                 f"  not measured: P50 off by {' and '.join(known) or 'nobody knows how much'}, by leaving keys out"
             )
+        if self.mixed:
+            lines.append(f"  of runs that are mixed: {self.mixed}")
         return "\n".join(lines)
+
+
+class _Evidence(NamedTuple):
+    """Observations behind an estimate, and whether they were measured there or filled in."""
+
+    n: int
+    source: str
+
+
+def explained(
+    figures: KeyFigures,
+    key_columns: tuple[KeyColumn, ...],
+    request: tuple[int | None, int, float],
+    *,
+    prefill_ms: float,
+    step_ms: float | None,
+    decode_ms: float,
+    total_ms: float,
+) -> Explanation:
+    """The estimates of a request (prompt tokens, output tokens, quantile), each with what it rests on."""
+    prompt, n, q = request
+    start = figures.prompt_tokens_p50 if prompt is None else prompt
+    behind_prefill = _Evidence(figures.prefill.n, figures.source)
+    if prompt is not None:
+        behind_prefill = _on_curve(figures.prefill_curve, prompt, prompt, figures.source)
+    behind_decode, behind_total, step = _Evidence(figures.prefill.n, figures.source), behind_prefill, None
+    curve, ratios = figures.decode_curve, figures.decode_total
+    if figures.decode is not None and curve is not None and ratios is not None and step_ms is not None:
+        behind_step = _on_curve(curve, start + 1, start + 1, figures.source)
+        step = Part(step_ms, *behind_step, figures.decode.p95_upper_ms)
+        if n > 1:
+            knots, outside = _support(ratios.decode_steps, ratios.n, n - 1, n - 1)
+            beyond = outside and len(ratios.n) > 1  # a single ratio stands for all lengths
+            on_the_way = _on_curve(curve, start + 1, start + n - 1, figures.source).source
+            source = _worst(on_the_way, "extrapolated" if beyond else "measured")
+            behind_decode = _Evidence(sum(ratios.n[j] for j in knots), source)
+            worst = _worst(behind_prefill.source, behind_decode.source)
+            behind_total = _Evidence(min(behind_prefill.n, behind_decode.n), worst)
+    named = dict(zip((column.name for column in key_columns), figures.key, strict=True))
+    prefill = Part(prefill_ms, *behind_prefill, figures.prefill.p95_upper_ms)
+    decode, total = Part(decode_ms, *behind_decode), Part(total_ms, *behind_total)
+    return Explanation(named, prompt, n, q, prefill, step, decode, total, figures.fill_error, figures.mixed)
+
+
+def _on_curve(curve: Curve, low: int, high: int, source: str) -> _Evidence:
+    """What values of a curve on low … high rest on, `source` being that of the whole configuration."""
+    knots, outside = _support(curve.at, curve.n, low, high)
+    sources = [curve.source[j] for j in knots]
+    return _Evidence(
+        sum(curve.n[j] for j in knots), _worst(source, *sources, "extrapolated" if outside else "measured")
+    )
+
+
+def _support(at: tuple[int, ...], n: tuple[int, ...], low: int, high: int) -> tuple[range, bool]:
+    """Knots that values on low … high rest on, and whether any of it lies outside of all knots."""
+    first = max(0, bisect_right(at, low) - 1)
+    last = max(0, bisect_right(at, high) - 1)
+    if at[0] <= high and at[last] < high and last + 1 < len(n):
+        last += 1
+    return range(first, last + 1), low < at[0] or high > at[-1]
+
+
+def _worst(*sources: str) -> str:
+    return max(sources, key=_RANK.__getitem__)

@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
-__all__ = ["Curve", "Figures", "FillError", "Key", "KeyFigures", "Quality", "Summary", "TotalRatios"]
+__all__ = [
+    "Curve",
+    "Figures",
+    "FillError",
+    "Key",
+    "KeyColumn",
+    "KeyFigures",
+    "Quality",
+    "Summary",
+    "TotalRatios",
+    "described_key",
+]
 
 
-class Key(NamedTuple):
-    """A configuration."""
+# A configuration: its values, in the order of the table's key columns.
+Key: TypeAlias = tuple[str | int | float, ...]
 
-    tier: str
-    top_k: int
-    num_blocks: int
+
+class KeyColumn(NamedTuple):
+    """One of the columns that make up a configuration.
+
+    Attributes
+    ----------
+    name : str
+    kind : {"category", "number"}
+        Whether its values are levels, or places on an axis.
+    type : {"VARCHAR", "BIGINT", "DOUBLE"}
+        How the file stores it: categories as text, numbers as ``BIGINT`` where all of them are whole.
+    """
+
+    name: str
+    kind: Literal["category", "number"]
+    type: Literal["VARCHAR", "BIGINT", "DOUBLE"]
+
+
+def described_key(columns: Sequence[KeyColumn], key: Key) -> str:
+    """A configuration for people: ``tier='low', top_k=8, num_blocks=16``."""
+    return ", ".join(f"{column.name}={value!r}" for column, value in zip(columns, key, strict=False))
 
 
 @dataclass(frozen=True)
@@ -74,7 +104,10 @@ class FillError:
 
 @dataclass(frozen=True)
 class KeyFigures:
-    """Everything that a table says of one configuration; the decode parts are None where no run had a step."""
+    """Everything that a table says of one configuration; the decode parts are None where no run had a step.
+
+    `mixed` names the models and devices whose runs the table mixes, where somebody asked for that.
+    """
 
     key: Key
     prefill: Summary
@@ -87,6 +120,7 @@ class KeyFigures:
     correlations: tuple[float, ...]
     source: str = "measured"
     fill_error: FillError | None = None
+    mixed: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,11 +142,11 @@ class Figures:
     Attributes
     ----------
     quantiles : tuple of float
-        Levels that the table holds, increasing; 0.5 is among them.
+        Levels that the table holds, increasing; 0.5 and 0.95 are among them.
+    key_columns : tuple of KeyColumn
+        What a configuration is made of.
     keys : tuple of KeyFigures
-        Ordered by tier (in the order of `tiers`), top_k, num_blocks.
-    tiers : tuple of str
-        Tiers by increasing median prompt length, so that low, medium, high get indices 0, 1, 2.
+        Ordered by their keys.
     output_lengths : dict
         workload → ((output_tokens, n), …), increasing in output_tokens.
     meta : dict
@@ -120,7 +154,7 @@ class Figures:
     """
 
     quantiles: tuple[float, ...]
-    tiers: tuple[str, ...]
+    key_columns: tuple[KeyColumn, ...]
     keys: tuple[KeyFigures, ...]
     output_lengths: dict[str, tuple[tuple[int, int], ...]]
     qualities: tuple[Quality, ...]

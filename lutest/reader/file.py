@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lutest.reader.checked_figures import REBUILD, Row, check_figures
+from lutest.reader.checked_figures import Row, check_figures
 from lutest.reader.errors import TableError
 from lutest.reader.export_file import EXPORT_ENDING, read_export
 from lutest.reader.figures import Figures
-from lutest.reader.names import quote
+from lutest.reader.names import REBUILD, quote
 from lutest.reader.seal import check_seal
 
 if TYPE_CHECKING:

@@ -109,7 +109,7 @@ def levels_of(quantiles: tuple[float, ...]) -> Levels:
             mass, moment = mass + beyond, moment + beyond * score
         weights[j] += (high * mass - moment) / (high - low)
         weights[j + 1] += (moment - low * mass) / (high - low)
-    return Levels(scores, outermost, tuple(weights) if len(scores) > 1 else (1.0,))
+    return Levels(scores, outermost, tuple(weights))
 
 
 def _below(score: float) -> float:
@@ -120,8 +120,6 @@ def share_within(levels: Levels, totals: Sequence[float], budget_ms: float) -> f
     """Probability that a total stays within a budget, from its values at the levels, which do not decrease."""
     scores = levels.scores
     j = bisect_right(totals, budget_ms)
-    if len(totals) == 1:
-        return float(j)
     first = min(max(j - 1, 0), len(totals) - 2)
     rise = totals[first + 1] - totals[first]
     if rise <= 0.0:  # all levels there are the same: nothing lies beyond

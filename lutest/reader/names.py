@@ -9,8 +9,10 @@ from lutest.reader.errors import TableError
 __all__ = [
     "KEY_COLUMNS",
     "LOG_ENDINGS",
+    "REBUILD",
     "SCHEMA_VERSION",
     "TEMPORARY_ENDING",
+    "literal",
     "quantile_column",
     "quantile_suffix",
     "quote",
@@ -18,7 +20,8 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-KEY_COLUMNS = ("tier", "top_k", "num_blocks")
+KEY_COLUMNS = "key_columns"  # row of meta: the key columns as JSON, in their order
+REBUILD = "build it again with `lutest build`"
 TEMPORARY_ENDING = ".lutest-tmp"  # what a build leaves when it is killed
 LOG_ENDINGS = (".wal", ".wal.checkpoint", ".wal.recovery")  # DuckDB's own, of changes not yet in the file itself
 
@@ -36,6 +39,11 @@ def quantile_column(q: float) -> str:
 def quote(identifier: str) -> str:
     """Quote an SQL identifier."""
     return '"' + identifier.replace('"', '""') + '"'
+
+
+def literal(text: object) -> str:
+    """Quote a text for SQL, where a statement takes no parameters."""
+    return "'" + str(text).replace("'", "''") + "'"
 
 
 def refuse_unfinished(path: str | os.PathLike[str]) -> None:

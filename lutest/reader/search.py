@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsFloat, cast
+from typing import Any, Literal, SupportsFloat, TypeAlias, cast
 
 from lutest.reader.arguments import positive_ms, quantile_index, whole_number
 from lutest.reader.entry import Entry
 from lutest.reader.errors import ArgumentError, NoDecodeDataError
-from lutest.reader.figures import Key, Quality
+from lutest.reader.figures import Key, KeyColumn, Quality
 
-__all__ = ["Option", "Request", "best_of", "fitting", "front_of", "given_qualities", "held_qualities"]
+__all__ = [
+    "By",
+    "Option",
+    "PromptTokens",
+    "Request",
+    "best_of",
+    "fitting",
+    "front_of",
+    "given_qualities",
+    "held_qualities",
+    "with_latency",
+]
 
-_HOW = "give quality as a mapping (tier, top_k, num_blocks) → number, or build from runs with a column `accuracy`"
+# One request has another prompt length in every configuration: a number for all, a mapping from the values of a key
+# column or from keys (or from the column's name to such a mapping), or a callable of the key.
+PromptTokens: TypeAlias = int | Mapping[Any, Any] | Callable[[Key], int]
+By: TypeAlias = Literal["expected"]
+
+BUDGET_QUANTILE = 0.95  # of whatever decides a budget
+_HOW = "give quality as a mapping from keys to numbers, or build from runs with a column `accuracy`"
 
 
 @dataclass(frozen=True)
@@ -23,9 +40,10 @@ class Option:
 
     Attributes
     ----------
-    key : Key
+    key : tuple
     latency_ms : float
-        Prefill where no output length was given, else the total; at the quantile that was asked for, without margin.
+        What decided, without margin: the total where an output length was given or the expected total was asked for,
+        else prefill.
     quality : float
     n : int or None
         Runs behind the quality; None for one that the caller gave.
@@ -41,35 +59,122 @@ class Option:
     upper: float | None = None
 
 
-@dataclass(frozen=True)
 class Request:
     """What is asked of every configuration; checked when made.
 
     Raises
     ------
     ArgumentError
+        An argument outside of what is allowed, arguments that exclude each other, or prompt lengths that miss a
+        measured value.
     """
 
-    quantiles: tuple[float, ...]
-    prompt_tokens: int | None
-    output_tokens: int | None
-    q: float
+    def __init__(
+        self,
+        columns: Sequence[KeyColumn],
+        keys: Sequence[Key],
+        quantiles: Sequence[float],
+        prompt_tokens: PromptTokens | None,
+        output_tokens: int | None,
+        q: float | None,
+        p_at_least: float | None = None,
+        by: By | None = None,
+        workload: str | None = None,
+    ) -> None:
+        if by not in (None, "expected"):
+            raise ArgumentError(f"by is {by!r}; allowed: 'expected', or left out")
+        unknown_length = [f"p_at_least={p_at_least!r}"] if p_at_least is not None else []
+        unknown_length += [f"by={by!r}"] if by is not None else []
+        others = [f"output_tokens={output_tokens!r}"] if output_tokens is not None else []
+        others += [f"q={q!r}"] if q is not None else []
+        if unknown_length and (others or len(unknown_length) > 1):
+            raise ArgumentError(
+                f"{' and '.join([*unknown_length, *others])}: allowed is one of p_at_least, by='expected', and q with "
+                "or without output_tokens; the first two are for an output length that nobody knows"
+            )
+        if p_at_least is not None and not 0.0 < p_at_least < 1.0:
+            raise ArgumentError(f"p_at_least is {p_at_least!r}; allowed: above 0 and below 1")
+        self.q = quantiles[quantile_index(quantiles, BUDGET_QUANTILE if q is None else q)]
+        self.output_tokens = None if output_tokens is None else whole_number("output_tokens", output_tokens, 1)
+        self.p_at_least, self.by, self.workload = p_at_least, by, workload
+        self._prompt_of = _prompt_lengths(columns, keys, prompt_tokens)
 
-    def __post_init__(self) -> None:
-        quantile_index(self.quantiles, self.q)
-        if self.prompt_tokens is not None:
-            whole_number("prompt_tokens", self.prompt_tokens, 0)
-        if self.output_tokens is not None:
-            whole_number("output_tokens", self.output_tokens, 1)
+    @property
+    def of_prefill(self) -> bool:
+        """Whether prefill decides, for nothing is said of the output."""
+        return self.output_tokens is None and self.p_at_least is None and self.by is None
 
     def latency_ms(self, entry: Entry) -> float | None:
-        """What decides: prefill, or the total where the length is known; None where nobody can say."""
-        if self.output_tokens is None:
-            return entry.prefill_ms(self.prompt_tokens, self.q)
+        """Prefill, or the total where something is said of the output; None where nobody can say."""
+        prompt = self._prompt_of(entry.key)
         try:
-            return entry.total_ms(self.prompt_tokens, self.output_tokens, self.q)
+            if self.output_tokens is not None:
+                return entry.total_ms(prompt, self.output_tokens, self.q)
+            if self.of_prefill:
+                return entry.prefill_ms(prompt, self.q)
+            return entry.expected_total_ms(prompt, self.workload)
         except NoDecodeDataError:
             return None
+
+    def fits(self, entry: Entry, ms: float, budget_ms: float, prefill_share: float, margin: float) -> bool:
+        """Whether an entry of this latency keeps to the budget."""
+        if self.p_at_least is not None:
+            within = entry.p_within(budget_ms / (1.0 + margin), self._prompt_of(entry.key), self.workload)
+            return within >= self.p_at_least
+        return ms * (1.0 + margin) <= (prefill_share if self.of_prefill else 1.0) * budget_ms
+
+
+def _prompt_lengths(
+    columns: Sequence[KeyColumn], keys: Sequence[Key], given: PromptTokens | None
+) -> Callable[[Key], int | None]:
+    """Prompt length of each key, all of them checked."""
+    if given is None:
+        return lambda _: None
+    if isinstance(given, Mapping):
+        held = {key: _mapped(columns, keys, given, key) for key in keys}
+    elif callable(given):
+        held = {key: given(key) for key in keys}
+    else:
+        held = dict.fromkeys(keys, given)
+    checked = {key: whole_number("prompt_tokens", tokens, 0) for key, tokens in held.items()}
+    return checked.__getitem__
+
+
+def _mapped(columns: Sequence[KeyColumn], keys: Sequence[Key], given: Mapping[Any, Any], key: Key) -> Any:
+    names = [column.name for column in columns]
+    if len(given) == 1 and isinstance(nested := next(iter(given.values())), Mapping):
+        name = next(iter(given))
+        if name not in names:
+            raise ArgumentError(f"prompt_tokens names the column {name!r}; allowed: {', '.join(names)}")
+        place, given = names.index(name), nested
+    elif any(isinstance(value, tuple) for value in given):
+        if key not in given:
+            raise ArgumentError(f"prompt_tokens has no value for {key!r}, which was measured")
+        return given[key]
+    else:
+        places = [i for i in range(len(names)) if set(given) & {key[i] for key in keys}]
+        if not places:
+            raise ArgumentError(
+                f"prompt_tokens maps {', '.join(map(repr, given))}, which are values of no key column; the table has "
+                + "; ".join(f"{name} {_values(keys, i)}" for i, name in enumerate(names))
+            )
+        if len(places) > 1:
+            fitting = ", ".join(names[i] for i in places)
+            raise ArgumentError(
+                f"the values that prompt_tokens maps are found in {fitting}; name the column: "
+                f"{{{names[places[0]]!r}: {{…}}}}"
+            )
+        place = places[0]
+    if key[place] not in given:
+        raise ArgumentError(
+            f"prompt_tokens has no value for {names[place]}={key[place]!r}, which was measured; {names[place]} has "
+            f"{_values(keys, place)}"
+        )
+    return given[key[place]]
+
+
+def _values(keys: Sequence[Key], place: int) -> str:
+    return ", ".join(repr(value) for value in dict.fromkeys(key[place] for key in keys))
 
 
 def fitting(
@@ -86,9 +191,19 @@ def fitting(
         raise ArgumentError(f"prefill_share is {prefill_share!r}; allowed: above 0 and at most 1")
     if not 0.0 <= margin < math.inf:
         raise ArgumentError(f"margin is {margin!r}; allowed: finite, 0 or more")
-    limit = budget if request.output_tokens is not None else prefill_share * budget
-    latencies = ((entry.key, request.latency_ms(entry)) for entry in entries)
-    return {key: ms for key, ms in latencies if ms is not None and ms * (1.0 + margin) <= limit}
+    return {
+        entry.key: ms
+        for entry, ms in with_latency(entries, request)
+        if request.fits(entry, ms, budget, prefill_share, margin)
+    }
+
+
+def with_latency(entries: Iterable[Entry], request: Request) -> Iterator[tuple[Entry, float]]:
+    """Entries with the latency that decides, those left out of which nobody can say it."""
+    for entry in entries:
+        ms = request.latency_ms(entry)
+        if ms is not None:
+            yield entry, ms
 
 
 def held_qualities(rows: Sequence[Quality], workload: str | None) -> dict[Key, Quality]:
@@ -112,7 +227,7 @@ def held_qualities(rows: Sequence[Quality], workload: str | None) -> dict[Key, Q
     return {row.key: row for row in rows if row.workload == workload}
 
 
-def given_qualities(quality: Mapping[Any, float], find: Callable[[str | int, int, int], Key]) -> dict[Key, Quality]:
+def given_qualities(quality: Mapping[Any, float], find: Callable[[Any], Key]) -> dict[Key, Quality]:
     """The caller's qualities, by the table's own keys.
 
     Raises
@@ -124,9 +239,7 @@ def given_qualities(quality: Mapping[Any, float], find: Callable[[str | int, int
     """
     held = {}
     for given, value in quality.items():
-        if not isinstance(given, tuple) or len(given) != 3:
-            raise ArgumentError(f"quality has the key {given!r}; allowed: (tier, top_k, num_blocks)")
-        key = find(*given)
+        key = find(given)
         try:
             number = math.nan if isinstance(value, str) else float(cast(SupportsFloat, value))
         except (TypeError, ValueError):

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 from lutest.reader.arguments import positive_ms, quantile_index, whole_number
 from lutest.reader.entry import Entry
 from lutest.reader.errors import ArgumentError, NoDecodeDataError, UnknownKeyError
+from lutest.reader.figures import Key, described_key
 from lutest.reader.loading import load
 from lutest.reader.table import LatencyTable
 from lutest.reward.rollout import (
@@ -118,14 +119,15 @@ class LatencyReward:
         Where the number of output tokens comes from; ``auto`` takes the first that there is. With ``unknown`` a policy
         pays for what was known when it decided, whatever came out.
     parse : callable, optional
-        Takes the completion's text and returns the policy's choice: (tier, top_k, num_blocks), or a mapping of these
-        with the rest in the columns. None means that no choice was made. A policy that has to choose should not be able
-        to get out of its penalty by garbling: let `parse` raise a ValueError or return ``{}``, which count as a
-        configuration that is not in the table. To be picklable, it has to be a module's function.
+        Takes the completion's text and returns the policy's choice: a key of the table, such as (tier, top_k,
+        num_blocks), or a mapping of its key columns with the rest in the row. None means that no choice was made. A
+        policy that has to choose should not be able to get out of its penalty by garbling: let `parse` raise a
+        ValueError or return ``{}``, which count as a configuration that is not in the table. To be picklable, it has to
+        be a module's function.
     count_tokens : callable, optional
         Number of tokens of the completion's text; verl and OpenRLHF pass no ids.
     columns : Columns
-        Names of the columns.
+        Names in the row, where they differ from those of the table's key columns and from `Columns`' own.
     on_unknown : {"worst", "error", "none"} or float
         What a configuration gets that is not in the table, or has no figures for what is asked. ``worst``: what the
         largest and slowest one of the table would get for this very row, and no more than twice the limit would
@@ -156,7 +158,7 @@ class LatencyReward:
     columns: Columns = field(default_factory=Columns)
     on_unknown: OnUnknown = "worst"
     _table: LatencyTable = field(init=False, repr=False, compare=False)
-    _largest: tuple[int, int] = field(init=False, repr=False, compare=False)
+    _largest: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.table, (str, os.PathLike)):
@@ -179,11 +181,19 @@ class LatencyReward:
             )
         if self.length_from == "count_tokens" and self.count_tokens is None:
             raise ArgumentError("length_from is 'count_tokens', but no count_tokens was given")
-        largest = max(key.top_k for key in table.keys), max(key.num_blocks for key in table.keys)
+        unknown = [name for name in self.columns.key if name not in table.key_columns]
+        if unknown:
+            raise ArgumentError(f"columns.key has {unknown[0]!r}; allowed: {', '.join(map(repr, table.key_columns))}")
+        largest = tuple(map(max, zip(*map(self._numbers, table.keys), strict=True)))
         object.__setattr__(self, "_largest", largest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, ({f.name: getattr(self, f.name) for f in fields(self) if f.init},)
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """Names under which a row is read."""
+        return self.columns.names(self._table.key_columns)
 
     def judge(self, row: Row, completion: Completion | None = None, accuracy: float = 1.0) -> LatencyOutcome | None:
         """Price one rollout.
@@ -210,10 +220,10 @@ class LatencyReward:
             With ``on_unknown="error"``: the configuration is not in the table, or has no decode figures.
         """
         try:
-            configuration = configuration_of(row, completion, self.columns, self.parse)
-            if configuration is None:
+            key = configuration_of(row, completion, self.columns, self._table.figures.key_columns, self.parse)
+            if key is None:
                 return None
-            entry = self._known(configuration)
+            entry = self._known(key)
         except UnknownKeyError:
             if self.on_unknown == "error":
                 raise
@@ -225,7 +235,7 @@ class LatencyReward:
             if self.on_unknown == "error":
                 raise
             return self._unknown(request)
-        share = complexity(entry.key.top_k, entry.key.num_blocks, *self._largest)
+        share = complexity(self._numbers(entry.key), self._largest)
         return self._weighed(price, share, price.latency_ms, min(max(accuracy, 0.0), 1.0))
 
     def judge_rows(
@@ -244,11 +254,17 @@ class LatencyReward:
             raise ArgumentError(f"rollout {len(outcomes)} of the batch: {error}") from error
         return outcomes
 
-    def _known(self, configuration: tuple[str | int, int, int]) -> Entry:
-        entry = self._table.lookup(*configuration)
+    def _known(self, key: Key) -> Entry:
+        entry = self._table[key]
         if entry.source == "extrapolated":
-            raise UnknownKeyError(f"{entry.key} lies outside of the measured configurations of its tier")
+            named = described_key(self._table.figures.key_columns, entry.key)
+            raise UnknownKeyError(f"{named} lies outside of the measured configurations")
         return entry
+
+    def _numbers(self, key: Key) -> tuple[float, ...]:
+        """The values of a configuration's number columns."""
+        columns = self._table.figures.key_columns
+        return tuple(float(v) for column, v in zip(columns, key, strict=True) if column.kind == "number")
 
     def _request(self, row: Row, completion: Completion | None) -> _Request:
         columns = self.columns
@@ -282,7 +298,7 @@ class LatencyReward:
         slowest = 0.0
         for key in self._table.keys:
             try:
-                price = self._price(self._table.lookup(*key), request)
+                price = self._price(self._table[key], request)
             except NoDecodeDataError:
                 continue
             limit, slowest = price.limit_ms, max(slowest, price.latency_ms)

@@ -81,7 +81,7 @@ class OpenRLHFReward:
                 logs = dict(scored.get("extra_logs") or {})
                 scored = scored["rewards"]
             accuracies = [float(value) for value in scored]
-        rows = column_rows(columns, self.reward.columns.names, len(queries))
+        rows = column_rows(columns, self.reward.column_names, len(queries))
         rows = [{**_held(label), **row} for label, row in zip(labels, rows, strict=True)]
         completions = [_completion(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
         outcomes = self.reward.judge_rows(rows, completions, accuracies)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, SupportsIndex, TypeAlias, cast
+from dataclasses import dataclass, field, fields
+from typing import Literal, SupportsFloat, SupportsIndex, TypeAlias, cast
 
 from lutest.reader.arguments import whole_number
 from lutest.reader.errors import ArgumentError, UnknownKeyError
+from lutest.reader.figures import Key, KeyColumn
 
 __all__ = [
     "Choice",
@@ -24,9 +26,8 @@ __all__ = [
 
 Row: TypeAlias = Mapping[str, object]
 Completion: TypeAlias = str | Sequence[Mapping[str, object]]
-Choice: TypeAlias = Mapping[str, object] | Sequence[object] | None
+Choice: TypeAlias = Mapping[str, object] | Sequence[object] | str | float | None
 LengthFrom = Literal["auto", "completion_ids", "column", "count_tokens", "unknown"]
-Configuration: TypeAlias = tuple[str | int, int, int]
 
 # What parsers of text raise over text that they cannot read
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -39,8 +40,8 @@ class Columns:
 
     Attributes
     ----------
-    tier, top_k, num_blocks : str
-        The configuration.
+    key : mapping
+        Key column of the table → its name in the row, for those that have another name there.
     prompt_tokens : str
         Vision + text tokens; without it, the configuration's own prefill quantile counts.
     output_tokens : str
@@ -53,19 +54,17 @@ class Columns:
         Comes before the constant workload.
     """
 
-    tier: str = "tier"
-    top_k: str = "top_k"
-    num_blocks: str = "num_blocks"
+    key: Mapping[str, str] = field(default_factory=dict, hash=False)
     prompt_tokens: str = "prompt_tokens"
     output_tokens: str = "output_tokens"
     completion_ids: str = "completion_ids"
     budget_ms: str = "budget_ms"
     workload: str = "workload"
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All of them."""
-        return tuple(getattr(self, column.name) for column in fields(self))
+    def names(self, key_columns: Iterable[str]) -> tuple[str, ...]:
+        """All that is read of a row, for a table with these key columns."""
+        others = (getattr(self, column.name) for column in fields(self) if column.name != "key")
+        return (*(self.key.get(name, name) for name in key_columns), *others)
 
 
 def column_rows(columns: Mapping[str, object], names: Iterable[str], count: int) -> list[dict[str, object]]:
@@ -120,8 +119,12 @@ def completion_text(completion: Completion) -> str:
 
 
 def configuration_of(
-    row: Row, completion: Completion | None, columns: Columns, parse: Callable[[str], Choice] | None
-) -> Configuration | None:
+    row: Row,
+    completion: Completion | None,
+    columns: Columns,
+    key_columns: Sequence[KeyColumn],
+    parse: Callable[[str], Choice] | None,
+) -> Key | None:
     """The configuration of a rollout, or None where it has none.
 
     Parameters
@@ -132,10 +135,12 @@ def configuration_of(
         What the policy wrote.
     columns : Columns
         Names to look under.
+    key_columns : sequence of KeyColumn
+        What a configuration of the table is made of.
     parse : callable, optional
-        Finds the policy's choice in its text: (tier, top_k, num_blocks), or a mapping with some of these, of which the
-        row's columns give the rest; None if the rollout makes no choice, so that the columns alone decide. All other
-        fields of the mapping are ignored, so that a policy cannot write itself a budget or a length.
+        Finds the policy's choice in its text: a key, or a mapping with some of the key columns, of which the row gives
+        the rest; None if the rollout makes no choice, so that the columns alone decide. All other fields of the mapping
+        are ignored, so that a policy cannot write itself a budget or a length.
 
     Raises
     ------
@@ -144,20 +149,17 @@ def configuration_of(
     ArgumentError
         The columns alone hold part of a configuration, or values that cannot be one.
     """
-    held = {
-        "tier": value_in(row, columns.tier),
-        "top_k": value_in(row, columns.top_k),
-        "num_blocks": value_in(row, columns.num_blocks),
-    }
-    chosen = None if parse is None or completion is None else _choice(parse, completion_text(completion))
+    names = {column.name: columns.key.get(column.name, column.name) for column in key_columns}
+    held = {name: value_in(row, given) for name, given in names.items()}
+    chosen = None if parse is None or completion is None else _choice(parse, completion_text(completion), list(names))
     if chosen is not None:
         try:
-            return _configuration({**held, **chosen})
+            return _key({**held, **chosen}, key_columns)
         except ArgumentError as error:
             raise UnknownKeyError(f"the policy's choice {chosen!r:.200} is not a configuration: {error}") from error
-    missing = [getattr(columns, name) for name, value in held.items() if value is None]
+    missing = [names[name] for name, value in held.items() if value is None]
     if not missing:
-        return _configuration(held)
+        return _key(held, key_columns)
     if len(missing) < len(held) and parse is None:
         raise ArgumentError(f"the row has part of a configuration: no value in column {', '.join(map(repr, missing))}")
     return None
@@ -199,7 +201,7 @@ def output_tokens_of(
     return None
 
 
-def _choice(parse: Callable[[str], Choice], text: str) -> dict[str, object] | None:
+def _choice(parse: Callable[[str], Choice], text: str, names: list[str]) -> dict[str, object] | None:
     try:
         choice = parse(text)
     except _UNREADABLE as error:
@@ -207,21 +209,38 @@ def _choice(parse: Callable[[str], Choice], text: str) -> dict[str, object] | No
     if choice is None:
         return None
     if isinstance(choice, Mapping):
-        return {name: choice[name] for name in ("tier", "top_k", "num_blocks") if choice.get(name) is not None}
-    if isinstance(choice, (str, bytes)) or not isinstance(choice, Sequence) or len(choice) != 3:
-        raise UnknownKeyError(f"the policy's choice is {choice!r:.200}; allowed: (tier, top_k, num_blocks)")
-    return dict(zip(("tier", "top_k", "num_blocks"), choice, strict=True))
+        return {name: choice[name] for name in names if choice.get(name) is not None}
+    values = [choice] if isinstance(choice, (str, bytes)) or not isinstance(choice, Sequence) else choice
+    if len(values) != len(names):
+        raise UnknownKeyError(f"the policy's choice is {choice!r:.200}; allowed: ({', '.join(names)})")
+    return dict(zip(names, values, strict=True))
 
 
-def _configuration(held: Mapping[str, object]) -> Configuration:
-    tier = held.get("tier")
-    if tier is None:
-        raise ArgumentError("tier is None; allowed: a name, or its index")
-    return (
-        tier if isinstance(tier, str) else _whole("tier", tier, 0),
-        _whole("top_k", held.get("top_k"), 0),
-        _whole("num_blocks", held.get("num_blocks"), 0),
+def _key(held: Mapping[str, object], columns: Sequence[KeyColumn]) -> Key:
+    return tuple(
+        _text(column.name, held.get(column.name))
+        if column.kind == "category"
+        else _number(column.name, held.get(column.name))
+        for column in columns
     )
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ArgumentError(f"{name} is {value!r}; allowed: text, the name of a category")
+    return value
+
+
+def _number(name: str, value: object) -> int | float:
+    number = math.nan
+    if not isinstance(value, bytes) and not (isinstance(value, str) and len(value) > _MOST_DIGITS):
+        try:
+            number = float(cast(SupportsFloat, value))  # of text: a match, a cell of a CSV
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+    if not math.isfinite(number):
+        raise ArgumentError(f"{name} is {value!r:.200}; allowed: a finite number")
+    return int(number) if number.is_integer() else number
 
 
 def _whole(name: str, value: object, least: int) -> int:

@@ -1,15 +1,20 @@
-"""The terms that a latency reward is made of: pure functions of plain floats, finite for every finite latency."""
+"""The terms that a latency reward is made of: of plain floats, finite for every finite latency, and of tensors."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from lutest.reader.errors import ArgumentError
 
-__all__ = ["LARGEST_OVERRUN", "Weights", "complexity", "efficiency_bonus", "smooth_penalty", "squared_overrun"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
-LARGEST_OVERRUN = 1e6  # budgets beyond the budget; its square is far within float32, in which trainers add rewards up
+__all__ = ["Weights", "complexity", "efficiency_bonus", "smooth_penalty", "squared_overrun", "tensor_reward"]
+
+_LARGEST_OVERRUN = 1e6  # budgets beyond the budget; its square is far within float32, in which trainers add rewards up
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,9 @@ def squared_overrun(latency_ms: float, budget_ms: float, weight: float = 1.0) ->
     Returns
     -------
     float
-        0 within the budget; no larger than for an overrun of `LARGEST_OVERRUN` budgets.
+        0 within the budget; no larger than for an overrun of 1e6 budgets.
     """
-    overrun = min(max(0.0, latency_ms / budget_ms - 1.0), LARGEST_OVERRUN)
+    overrun = min(max(0.0, latency_ms / budget_ms - 1.0), _LARGEST_OVERRUN)
     return weight * overrun * overrun
 
 
@@ -109,19 +114,54 @@ def efficiency_bonus(latency_ms: float, budget_ms: float, weight: float = 1.0) -
     return weight * max(0.0, 1.0 - latency_ms / budget_ms)
 
 
-def complexity(top_k: int, num_blocks: int, most_top_k: int, most_num_blocks: int) -> float:
-    """Share of expert calls that a configuration makes: ``top_k · num_blocks`` over that of the largest one.
+def complexity(numbers: Iterable[float], largest: Iterable[float]) -> float:
+    """How large a configuration is: the product of its numbers, each over the largest that there is.
+
+    Of experts per token and active blocks, that is the share of expert calls of the largest configuration.
 
     Parameters
     ----------
-    top_k, num_blocks : int
-        Experts per token and active blocks.
-    most_top_k, most_num_blocks : int
-        The largest that there are.
+    numbers, largest : iterable of float
+        The values of the number columns of a configuration, and the largest of each.
 
     Returns
     -------
     float
-        1 for the largest configuration.
+        1 for the largest configuration, and where there are no numbers.
     """
-    return top_k * num_blocks / (most_top_k * most_num_blocks)
+    return math.prod(
+        max(0.0, number) / most if most > 0.0 else 1.0 for number, most in zip(numbers, largest, strict=True)
+    )
+
+
+def tensor_reward(
+    accuracy: Tensor, latency_ms: Tensor, budget_ms: Tensor | float, weights: Weights | None = None
+) -> Tensor:
+    """For hand-written trainers: accuracy plus the latency terms, element by element, on the tensors' own device.
+
+    Parameters
+    ----------
+    accuracy : Tensor
+        Any shape and dtype, in rewards; held to 0 … 1, it scales the efficiency bonus.
+    latency_ms : Tensor
+        Floating point milliseconds, in a shape that broadcasts with it. NaN, for an unknown configuration, stays NaN.
+    budget_ms : Tensor or float
+        Above 0; broadcasts likewise.
+    weights : Weights, optional
+        `complexity` is left out: nothing is known of it here.
+
+    Returns
+    -------
+    Tensor
+        In the dtype of `latency_ms`: ``accuracy + bonus − smooth − overrun``, differentiable, without a host sync, and
+        works under `torch.compile`.
+    """
+    import torch
+
+    weights = Weights() if weights is None else weights
+    accuracy = accuracy.to(latency_ms.dtype)
+    beyond = latency_ms / budget_ms - 1.0
+    smooth = weights.smooth * torch.sigmoid(weights.steepness * beyond)
+    overrun = weights.overrun * beyond.clamp(0.0, _LARGEST_OVERRUN).square()
+    bonus = weights.bonus * accuracy.clamp(0.0, 1.0) * (-beyond).clamp(min=0.0)
+    return accuracy + bonus - smooth - overrun

@@ -72,9 +72,9 @@ class TRLReward:
         ArgumentError, UnknownKeyError, NoDecodeDataError
             As `LatencyReward.judge`.
         """
-        names = self.reward.columns
-        given = columns if completion_ids is None else {**columns, names.completion_ids: completion_ids}
-        rows = column_rows(given, names.names, len(prompts))
+        ids = self.reward.columns.completion_ids
+        given = columns if completion_ids is None else {**columns, ids: completion_ids}
+        rows = column_rows(given, self.reward.column_names, len(prompts))
         outcomes = self.reward.judge_rows(rows, completions)
         if log_metric is not None:
             for metric, value in _metrics([outcome for outcome in outcomes if outcome is not None]).items():

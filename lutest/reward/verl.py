@@ -128,7 +128,7 @@ def compute_score(
         ``"package.module:name"``, `weights` and `columns` as mappings. Made once per process for the same arguments::
 
             reward.custom_reward_function:
-              path: pkg://lutest.reward
+              path: pkg://lutest.reward.verl
               name: compute_score
               reward_kwargs: {table: table.duckdb, budget_ms: 500, score: "my_project.rewards:accuracy"}
 

@@ -2,99 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Sequence
 
 import duckdb
 
-from lutest.reader.names import quote
+from lutest.reader.figures import KeyColumn
+from lutest.reader.names import literal, quote
+from lutest.runs.configuration import COUNTED, BuildConfig, ColumnRule
+from lutest.runs.sources import SourceFields, field_column
 
-__all__ = ["raw_fields", "write_runs"]
+__all__ = ["column_text", "raw_fields", "write_runs"]
 
 MAX_MS = 1e9  # 11 days: beyond it a value is a broken clock
 MIN_MS = 1e-6  # a nanosecond: no clock tells less
 MAX_TOKENS = 1e9
+MAX_KEY = 1e15  # whole numbers up to it are exact
+LEAST_TIMES = 8  # of a source that its tick is told by
+TICKS_MS = (1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # that clocks, and those who write times down, have
 _TIMES = ("prefill_ms", "decode_ms", "total_ms")
-_WHOLE = ("top_k", "num_blocks", "prompt_tokens", "output_tokens", "vision_tokens", "text_tokens")
-_NUMBERS = (*_WHOLE, *_TIMES, "accuracy")
-_REQUIRED = ("tier", "top_k", "num_blocks", "prompt_tokens", "output_tokens", "prefill_ms")
-_TEXTS = ("tier", "workload", "sample_id", "device", "model")
+_TOKENS = ("prompt_tokens", "output_tokens", "vision_tokens", "text_tokens")
+_NUMBERS = (*_TOKENS, *_TIMES, "accuracy")
+_REQUIRED = ("prompt_tokens", "output_tokens", "prefill_ms")
+_TEXTS = ("workload", "sample_id", "device", "model")
 
 
-class Rule(Protocol):
-    """What is read of a column rule."""
-
-    @property
-    def alternatives(self) -> tuple[tuple[str, ...], ...]:
-        """Sums of fields; the first one that a run has is taken."""
-
-    @property
-    def constant(self) -> str | None:
-        """The value for all runs, instead of a field."""
-
-
-def raw_fields(columns: Mapping[str, Rule]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the raw fields that a mapping needs: scalars, and those that may hold lists of steps."""
+def raw_fields(columns: dict[str, ColumnRule], extra: Sequence[str] = ()) -> SourceFields:
+    """The raw fields that a mapping needs: scalars, with others to look at, and those that may hold lists of steps."""
     scalars: dict[str, None] = {}
     for name, rule in columns.items():
         if name != "decode_steps_ms":
             scalars.update((field, None) for fields in rule.alternatives for field in fields)
+    known = {name.lower() for name in scalars}
     steps = tuple(field for fields in columns["decode_steps_ms"].alternatives for field in fields)
-    return tuple(scalars), steps
+    return SourceFields((*scalars, *(name for name in extra if name.lower() not in known)), steps)
 
 
-def write_runs(connection: duckdb.DuckDBPyConnection, columns: Mapping[str, Rule], milliseconds: float) -> None:
-    """Create ``runs``: one row a run, canonical columns, and ``reason`` and ``detail`` where a check failed.
+def write_runs(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> tuple[KeyColumn, ...]:
+    """Create ``runs`` and ``keys``.
+
+    ``runs`` has one row a run: its key columns, canonical columns, and ``reason`` and ``detail`` where a check failed.
+    ``keys`` has the configurations of sound runs in order, with their ``key_id``, by which ``runs`` names them.
 
     Parameters
     ----------
     connection : duckdb connection
         Holds ``raw_runs`` and ``source_files``.
-    columns : mapping
-        Canonical column → where it comes from.
-    milliseconds : float
-        Milliseconds in one unit of the sources' times.
+    settings : BuildConfig
+        What the key is, where columns come from, and the unit of the sources' times.
+
+    Returns
+    -------
+    tuple of KeyColumn
+        The key columns, each of the kind that was given or that its values have.
     """
-    unit = repr(milliseconds)
-    texts = [f"{_text(columns[name])} AS {name}_text" for name in (*_NUMBERS, *_TEXTS)]
-    numbers = [f"{_number(columns[name])}{f' * {unit}' if name in _TIMES else ''} AS {name}_value" for name in _NUMBERS]
+    columns, unit = settings.columns, repr(settings.milliseconds)
+    key = _key_columns(connection, settings)
+    names = [column.name for column in key]
+    numbers = list(dict.fromkeys([*_NUMBERS, *(column.name for column in key if column.kind == "number")]))
+    texts = dict.fromkeys([*numbers, *names, *_TEXTS])
+    scale = {name: f" * {unit}" if name in _TIMES else "" for name in numbers}
+    read = [f"{column_text(columns[name])} AS {_text(name)}" for name in texts]
+    read += [f"{_number(columns[name])}{scale[name]} AS {_value(name)}" for name in numbers]
+    kept = [f"{_key_value(column)} AS {quote(column.name)}" for column in key]
+    kept += [f"{_text(name)} AS {name}" for name in _TEXTS if name not in names]
+    kept += [f"TRY_CAST({_value(name)} AS BIGINT) AS {name}" for name in _TOKENS if name not in names]
+    hashed = [_value(name) if kind == "number" else f"length({_text(name)}), {_text(name)}" for name, kind, _ in key]
+    _write_ticks(connection, columns, unit)
     connection.execute(
         f"""
         CREATE OR REPLACE TABLE runs AS
         WITH as_read AS (
             SELECT
                 source_id, "row", problem, steps_problem, step_positions,
-                {"steps" if milliseconds == 1.0 else f"[step * {unit} FOR step IN steps]"} AS steps,
-                {", ".join(texts)},
-                {", ".join(numbers)}
+                {"steps" if settings.milliseconds == 1.0 else f"[step * {unit} FOR step IN steps]"} AS steps,
+                coalesce(len(steps), 0) > 0 AS timed,
+                {", ".join(read)}
             FROM raw_runs
+        ),
+        measured AS (
+            SELECT
+                as_read.* REPLACE (coalesce(workload_text, source_files.folder, 'default') AS workload_text),
+                total_ms_value - prefill_ms_value AS after_prefill_ms,
+                coalesce(tick_ms, 0) AS tick_ms,
+                decode_ms_text IS NULL AND steps IS NULL AND output_tokens_value >= 2
+                    AND after_prefill_ms IS NOT NULL AS one_pass
+            FROM as_read JOIN source_files USING (source_id) LEFT JOIN ticks USING (source_id)
         ),
         completed AS (
             SELECT
-                as_read.* REPLACE (
+                * REPLACE (
                     CASE
                         WHEN decode_ms_text IS NOT NULL THEN decode_ms_value
                         WHEN output_tokens_value = 1 THEN 0.0
-                        WHEN step_positions IS NULL AND len(steps) > 0 THEN list_sum(steps)
+                        WHEN step_positions IS NULL AND timed THEN list_sum(steps)
+                        -- a clock that ticked no more, or once less, between two readings
+                        WHEN one_pass AND after_prefill_ms BETWEEN -1.001 * tick_ms AND 0 THEN 0.0
+                        WHEN one_pass THEN after_prefill_ms
                     END AS decode_ms_value,
-                    coalesce(workload_text, source_files.folder, 'default') AS workload_text
-                ),
-                coalesce(len(steps), 0) > 0 AS timed
-            FROM as_read JOIN source_files USING (source_id)
+                    CASE WHEN one_pass AND decode_ms_value = 0 THEN prefill_ms_value ELSE total_ms_value END
+                        AS total_ms_value
+                )
+            FROM measured
         ),
         judged AS (
-            SELECT *, CASE {" ".join(_verdicts(columns))} END AS verdict
+            SELECT *, CASE {" ".join(_verdicts(columns, key))} END AS verdict
             FROM completed
         )
         SELECT
             source_id,
             "row",
-            tier_text AS tier,
-            TRY_CAST(top_k_value AS INTEGER) AS top_k,
-            TRY_CAST(num_blocks_value AS INTEGER) AS num_blocks,
-            workload_text AS workload,
-            TRY_CAST(prompt_tokens_value AS BIGINT) AS prompt_tokens,
-            TRY_CAST(output_tokens_value AS BIGINT) AS output_tokens,
+            NULL::INTEGER AS key_id,
+            {", ".join(kept)},
             prefill_ms_value AS prefill_ms,
             decode_ms_value AS decode_ms,
             coalesce(total_ms_value, prefill_ms_value + decode_ms_value) AS total_ms,
@@ -102,19 +120,15 @@ def write_runs(connection: duckdb.DuckDBPyConnection, columns: Mapping[str, Rule
             CASE WHEN timed THEN steps END AS decode_steps_ms,
             CASE WHEN timed THEN step_positions END AS step_positions,
             timed,
+            one_pass,
             NOT timed AND output_tokens_value >= 2 AND decode_ms_value = 0 AS clamped,
-            sample_id_text AS sample_id,
             accuracy_value AS accuracy,
-            TRY_CAST(vision_tokens_value AS BIGINT) AS vision_tokens,
-            TRY_CAST(text_tokens_value AS BIGINT) AS text_tokens,
-            device_text AS device,
-            model_text AS model,
             verdict.reason AS reason,
             -- on one line, whatever stood in the field
             regexp_replace(verdict.detail, '[\\p{{Cc}}\\p{{Zl}}\\p{{Zp}}]+', ' ', 'g') AS detail,
             -- lengths before texts, and a mark for NULL: no value can pass for the one beside it
             md5(concat_ws(
-                '|', length(tier_text), tier_text, top_k_value, num_blocks_value,
+                '|', {", ".join(hashed)},
                 coalesce(length(sample_id_text) || ':' || sample_id_text, '-'),
                 prompt_tokens_value, output_tokens_value, prefill_ms_value, decode_ms_value,
                 coalesce(total_ms_value::VARCHAR, '-'), coalesce(accuracy_value::VARCHAR, '-'), steps::VARCHAR
@@ -122,32 +136,98 @@ def write_runs(connection: duckdb.DuckDBPyConnection, columns: Mapping[str, Rule
         FROM judged
         """
     )
+    listed = ", ".join(quote(name) for name in names)
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TABLE keys AS
+        SELECT (row_number() OVER (ORDER BY {listed}) - 1)::INTEGER AS key_id, {listed}
+        FROM (SELECT DISTINCT {listed} FROM runs WHERE reason IS NULL)
+        """
+    )
+    same = " AND ".join(f"runs.{quote(name)} = keys.{quote(name)}" for name in names)
+    connection.execute(f"UPDATE runs SET key_id = keys.key_id FROM keys WHERE {same}")
+    return key
 
 
-def _field(name: str) -> str:
-    return quote(f"f:{name}")
+def _key_columns(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> tuple[KeyColumn, ...]:
+    """Key columns, each of the kind that was given, or a number where every value given is one."""
+    described = []
+    for name, kind in settings.key:
+        counted = connection.execute(
+            f"""
+            SELECT count(value), count(*) FILTER (abs(number) <= {MAX_KEY!r}),
+                coalesce(bool_and(number = floor(number)) FILTER (abs(number) <= {MAX_KEY!r}), true)
+            FROM (
+                SELECT nullif({column_text(settings.columns[name])}, '') AS value, TRY_CAST(value AS DOUBLE) AS number
+                FROM raw_runs WHERE problem IS NULL
+            )
+            WHERE number IS NULL OR NOT isnan(number)
+            """
+        ).fetchone()
+        assert counted is not None
+        n, n_numbers, whole = counted
+        if kind == "category" or (kind is None and n_numbers < n):
+            described.append(KeyColumn(name, "category", "VARCHAR"))
+        else:
+            described.append(KeyColumn(name, "number", "BIGINT" if whole or name in COUNTED else "DOUBLE"))
+    return tuple(described)
 
 
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+def _write_ticks(connection: duckdb.DuckDBPyConnection, columns: dict[str, ColumnRule], unit: str) -> None:
+    """Create ``ticks``: the coarsest tick that all times of a source fall on, where decode times are told by them."""
+    prefill, total = _number(columns["prefill_ms"]), _number(columns["total_ms"])
+    falls = "bool_and(abs(time_ms - round(time_ms / {0!r}) * {0!r}) <= 1e-9 * (1 + time_ms))"
+    cases = " ".join(f"WHEN {falls.format(tick)} THEN {tick!r}" for tick in TICKS_MS)
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TEMP TABLE ticks AS
+        WITH times AS (
+            SELECT source_id, unnest([{prefill}, {total}]) * {unit} AS time_ms
+            FROM raw_runs
+            WHERE {column_text(columns["decode_ms"])} IS NULL AND {total} IS NOT NULL
+        )
+        SELECT source_id, CASE {cases} ELSE 0 END AS tick_ms
+        FROM times WHERE isfinite(time_ms)
+        GROUP BY source_id
+        HAVING count(*) >= {LEAST_TIMES}  -- fewer may all be round by chance
+        """
+    )
 
 
-def _case(rule: Rule, joined: str, cast: bool) -> str:
+def _text(name: str) -> str:
+    return quote(f"{name}_text")
+
+
+def _value(name: str) -> str:
+    return quote(f"{name}_value")
+
+
+def _key_value(column: KeyColumn) -> str:
+    """Value of a key column as the file has it; NULL where it cannot be one."""
+    if column.kind == "category":
+        return f"nullif({_text(column.name)}, '')"
+    value = _value(column.name)
+    whole = f" AND {value} = floor({value})" if column.type == "BIGINT" else ""
+    return f"CASE WHEN abs({value}) <= {MAX_KEY!r}{whole} THEN ({value} + 0.0)::{column.type} END"  # no -0.0
+
+
+def _case(rule: ColumnRule, joined: str, cast: bool) -> str:
     branches = []
     for fields in rule.alternatives:
-        present = " AND ".join(f"{_field(field)} IS NOT NULL" for field in fields)
-        terms = [f"TRY_CAST({_field(field)} AS DOUBLE)" if cast else _field(field) for field in fields]
-        branches.append(f"WHEN {present} THEN {joined.join(terms)}")
+        cells = [quote(field_column(field)) for field in fields]
+        present = " AND ".join(f"{cell} IS NOT NULL" for cell in cells)
+        branches.append(f"WHEN {present} THEN {joined.join(f'TRY_CAST({c} AS DOUBLE)' if cast else c for c in cells)}")
     return f"CASE {' '.join(branches)} END"
 
 
-def _text(rule: Rule) -> str:
-    return _literal(rule.constant) if rule.constant is not None else _case(rule, " || ' + ' || ", cast=False)
+def column_text(rule: ColumnRule) -> str:
+    """Expression for what a column says in ``raw_runs``, as text."""
+    return literal(rule.constant) if rule.constant is not None else _case(rule, " || ' + ' || ", cast=False)
 
 
-def _number(rule: Rule) -> str:
+def _number(rule: ColumnRule) -> str:
     if rule.constant is not None:
-        return f"TRY_CAST({_literal(rule.constant)} AS DOUBLE)"
+        return f"TRY_CAST({literal(rule.constant)} AS DOUBLE)"
     return _case(rule, " + ", cast=True)
 
 
@@ -155,41 +235,42 @@ def _verdict(condition: str, reason: str, detail: str) -> str:
     return f"WHEN {condition} THEN struct_pack(reason := '{reason}', detail := {detail})"
 
 
-def _verdicts(columns: Mapping[str, Rule]) -> list[str]:
+def _verdicts(columns: dict[str, ColumnRule], key: Sequence[KeyColumn]) -> list[str]:
     """Checks in the order in which they are told: the first that fails names the reason."""
 
     def wanted(name: str) -> str:
         return " or ".join(" + ".join(fields) for fields in columns[name].alternatives)
 
     def because(name: str, fault: str) -> str:
-        shown = f"left({name}_text, 60)"
+        shown = f"left({_text(name)}, 60)"
         if name == "decode_ms":
-            shown = f"coalesce({shown}, 'the sum of its steps')"
-        return f"'{name} is ' || {shown} || '{fault}'"
+            difference = "CASE WHEN one_pass THEN 'total_ms less prefill_ms: ' || decode_ms_value END"
+            shown = f"coalesce({shown}, {difference}, 'the sum of its steps')"
+        return f"{literal(f'{name} is ')} || {shown} || {literal(fault)}"
 
     checks = [_verdict("problem IS NOT NULL", "unreadable_row", "problem")]
-    for name in _REQUIRED:
-        missing = f"{name}_text IS NULL OR {name}_text = ''"
-        checks.append(_verdict(missing, "missing_value", _literal(f"no {name}: wants {wanted(name)}")))
-    for name in _NUMBERS:
-        value = f"{name}_value"
-        not_a_number = f"{name}_text IS NOT NULL AND {value} IS NULL"
+    names = [column.name for column in key]
+    for name in dict.fromkeys((*names, *_REQUIRED)):
+        missing = f"{_text(name)} IS NULL OR {_text(name)} = ''"
+        checks.append(_verdict(missing, "missing_value", literal(f"no {name}: wants {wanted(name)}")))
+    axes = [column.name for column in key if column.kind == "number"]
+    for name in dict.fromkeys((*axes, *_NUMBERS)):
+        value = _value(name)
+        not_a_number = f"{_text(name)} IS NOT NULL AND {value} IS NULL"
         checks.append(_verdict(not_a_number, "not_a_number", because(name, ", not a number")))
         checks.append(_verdict(f"NOT isfinite({value})", "not_finite", because(name, ", not a finite number")))
-        if name == "accuracy":
-            checks.append(_verdict(f"abs({value}) > {MAX_TOKENS!r}", "out_of_range", because(name, ", beyond 1e9")))
-            continue
-        limit = MAX_MS if name in _TIMES else MAX_TOKENS
-        checks.append(_verdict(f"{value} < 0", "negative_value", because(name, ", below 0")))
-        checks.append(_verdict(f"{value} > {limit!r}", "out_of_range", because(name, f", above {limit:g}")))
+        counted = name in (*_TOKENS, *COUNTED)
+        limit = MAX_MS if name in _TIMES else MAX_TOKENS if counted or name == "accuracy" else MAX_KEY
+        if counted or name in _TIMES:
+            checks.append(_verdict(f"{value} < 0", "negative_value", because(name, ", below 0")))
+        checks.append(_verdict(f"abs({value}) > {limit!r}", "out_of_range", because(name, f", beyond {limit:g}")))
         if name in _TIMES:
             least = because(name, f", between 0 and {MIN_MS:g} ms")
             checks.append(_verdict(f"{value} > 0 AND {value} < {MIN_MS!r}", "out_of_range", least))
-        if name in _WHOLE:
+        if counted:
             checks.append(_verdict(f"{value} <> floor({value})", "not_whole", because(name, ", not a whole number")))
-    checks += [
-        _verdict(f"{name}_value < 1", "out_of_range", because(name, ", below 1")) for name in ("top_k", "num_blocks")
-    ]
+        if name in COUNTED:
+            checks.append(_verdict(f"{value} < 1", "out_of_range", because(name, ", below 1")))
     step_count = "coalesce(list_max(step_positions), len(steps))"
     checks += [
         _verdict("output_tokens_value < 1", "no_output_tokens", because("output_tokens", ": a run has at least 1")),
@@ -199,7 +280,7 @@ def _verdicts(columns: Mapping[str, Rule]) -> list[str]:
         _verdict(
             "decode_ms_value IS NULL",
             "missing_value",
-            _literal(f"no decode_ms: wants {wanted('decode_ms')}, or decode_steps_ms: {wanted('decode_steps_ms')}"),
+            literal(f"no decode_ms: wants {wanted('decode_ms')}, or decode_steps_ms: {wanted('decode_steps_ms')}"),
         ),
         _verdict(
             "timed AND len(list_distinct(step_positions)) <> list_max(step_positions)",

@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
+import reprlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 
 from lutest.reader.errors import ConfigError
+from lutest.reader.names import KEY_COLUMNS
+from lutest.tablefile.schema import refuse_key_names
 
-__all__ = ["DEFAULT_COLUMNS", "DEFAULT_CONFIG", "BuildConfig", "Cleaning", "ColumnRule", "load_config", "parse_config"]
+__all__ = [
+    "COUNTED",
+    "DEFAULT_CONFIG",
+    "BuildConfig",
+    "Cleaning",
+    "ColumnRule",
+    "Config",
+    "KeyNames",
+    "config_of_meta",
+    "load_config",
+    "parse_config",
+    "resolve_config",
+    "with_options",
+]
 
 DEFAULT_CONFIG = Path("tables/build.yaml")
 TIME_UNITS_MS = {"s": 1e3, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 OUTLIER_METHODS = ("iqr", "none")
-MAX_BINS = 1000
+KINDS = ("category", "number")
+
+KeyNames: TypeAlias = tuple[tuple[str, str | None], ...]  # each column and its kind; None: told by the data
+
+DEFAULT_KEY: KeyNames = (("tier", "category"), ("top_k", "number"), ("num_blocks", "number"))
+COUNTED = ("top_k", "num_blocks")  # key columns that count something: whole, and at least 1
 
 
 @dataclass(frozen=True)
 class ColumnRule:
-    """Where a canonical column comes from.
+    """Where a column of the runs comes from.
 
     Attributes
     ----------
@@ -39,12 +61,9 @@ class ColumnRule:
 
 
 # Canonical names first, then those of the profiler that writes one JSON object per configuration.
-DEFAULT_COLUMNS: dict[str, ColumnRule] = {
+_COLUMNS: dict[str, ColumnRule] = {
     name: ColumnRule(alternatives)
     for name, alternatives in {
-        "tier": (("tier",),),
-        "top_k": (("top_k",),),
-        "num_blocks": (("num_active_blocks",), ("num_blocks",)),
         "prompt_tokens": (
             ("prompt_tokens",),
             ("total_sequence_length",),
@@ -64,7 +83,18 @@ DEFAULT_COLUMNS: dict[str, ColumnRule] = {
         "model": (("model",),),
     }.items()
 }
-SUMMABLE = ("prompt_tokens", "output_tokens", "prefill_ms", "decode_ms", "total_ms", "vision_tokens", "text_tokens")
+_KEY_COLUMNS = {"num_blocks": ColumnRule((("num_active_blocks",), ("num_blocks",)))}  # others: the field of their name
+_SUMMABLE = ("prompt_tokens", "output_tokens", "prefill_ms", "decode_ms", "total_ms", "vision_tokens", "text_tokens")
+# columns of the runs as they are read, beside those of a table's file
+_OWN_NAMES = ("decode_steps_ms", "key_id", "timed", "clamped", "one_pass", "total_given", "step_positions", "run_hash")
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def _default_columns(key: KeyNames) -> dict[str, ColumnRule]:
+    return {**{name: _KEY_COLUMNS.get(name, ColumnRule(((name,),))) for name, _ in key}, **_COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -77,15 +107,17 @@ class Cleaning:
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """A checked build configuration; the attributes are the options of ``build.yaml``."""
+    """A checked build configuration; the attributes are the options of ``build.yaml``.
+
+    `columns` has a rule for each canonical column and for each column of `key`.
+    """
 
     sources: tuple[str, ...] = ()
     output: str = ""
-    columns: dict[str, ColumnRule] = field(default_factory=lambda: dict(DEFAULT_COLUMNS))
+    key: KeyNames = DEFAULT_KEY
+    columns: dict[str, ColumnRule] = field(default_factory=lambda: _default_columns(DEFAULT_KEY))
     time_unit: str = "ms"
     quantiles: tuple[float, ...] = (0.5, 0.95)
-    kv_bins: int | tuple[int, ...] = 16
-    prompt_bins: int | tuple[int, ...] = 8
     cleaning: Cleaning = field(default_factory=Cleaning)
     base: Path = field(default_factory=Path)
 
@@ -98,6 +130,9 @@ class BuildConfig:
     def milliseconds(self) -> float:
         """Milliseconds in one unit of the sources' times."""
         return TIME_UNITS_MS[self.time_unit]
+
+
+Config: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | BuildConfig
 
 
 def load_config(path: str | os.PathLike[str]) -> BuildConfig:
@@ -113,44 +148,78 @@ def load_config(path: str | os.PathLike[str]) -> BuildConfig:
     ConfigError
         The file cannot be read, or an option is unknown or not valid.
     """
-    path = Path(path)
-    where = str(path) if str(path).isprintable() else repr(str(path))
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{where}: cannot read the build configuration: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: not UTF-8 at byte {error.start}; save the build configuration as UTF-8") from error
-    try:
-        content = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"{where}: not valid YAML: {reason}") from error
-    if content is None:
-        raise ConfigError(f"{where}: is empty; it needs at least `sources` and `output`")
-    config = parse_config(content, where=where, base=path.parent)
-    for name in ("sources", "output"):
-        if not getattr(config, name):
-            raise ConfigError(f"{where}: `{name}` is missing")
-    return config
+    return with_options(path, ())
+
+
+def resolve_config(config: Config | None, default: BuildConfig | None = None) -> BuildConfig:
+    """Read what a caller gives: a file, nested mappings, a configuration, or none for the default."""
+    if config is None:
+        return default or BuildConfig()
+    if isinstance(config, BuildConfig):
+        return config
+    return parse_config(config) if isinstance(config, Mapping) else load_config(config)
+
+
+def with_options(config: str | os.PathLike[str] | Mapping[str, object] | None, options: Sequence[str]) -> BuildConfig:
+    """Configuration with single options set anew.
+
+    Parameters
+    ----------
+    config : path, mapping or None
+        Where the other options come from.
+    options : sequence of str
+        Such as ``columns.tier.constant=low``: the names down to the option, and its value in YAML.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read, or an option is unknown or not valid.
+    """
+    content: Any = config or {}
+    where, base = "configuration", Path()
+    if config is not None and not isinstance(config, Mapping):
+        content, where, base = _read(Path(config)), str(config), Path(config).parent
+    for option in options:
+        path, is_set, text = option.partition("=")
+        *parents, name = path.split(".")
+        if not is_set or not all((*parents, name)):
+            raise _fail("options", f"cannot set {_shown(option)}: write NAME=VALUE, such as columns.tier.constant=low")
+        content = inner = dict(content) if isinstance(content, Mapping) else {}
+        for parent in parents:
+            held = inner.get(parent)
+            inner[parent] = dict(held) if isinstance(held, Mapping) else {}
+            inner = inner[parent]
+        inner[name] = _parse_yaml(text, f"the option {_named(path)}")
+    return parse_config(content, where=where, base=base)
+
+
+def config_of_meta(meta: Mapping[str, str]) -> BuildConfig:
+    """Configuration by which a table reads runs: the key, columns and time unit that it was built with itself."""
+    built = json.loads(meta.get("build_config", "{}"))
+    kinds = {column["name"]: column["kind"] for column in json.loads(meta[KEY_COLUMNS])}
+    key = tuple(kinds.items())
+    columns = _default_columns(key)
+    for name, rule in built.get("columns", {}).items():
+        if name in columns:
+            columns[name] = ColumnRule(tuple(map(tuple, rule["alternatives"])), rule["constant"])
+    return BuildConfig(key=key, columns=columns, time_unit=built.get("time_unit", "ms"))
 
 
 def parse_config(content: object, *, where: str = "configuration", base: Path | None = None) -> BuildConfig:
     """Check a configuration given as nested mappings; options left out have their defaults."""
     options = _mapping(content, where, "the configuration")
-    names = ("sources", "output", "columns", "time_unit", "quantiles", "kv_bins", "prompt_bins", "cleaning")
-    _known(options, names, where, "option")
+    _known(options, ("sources", "output", "key", "columns", "time_unit", "quantiles", "cleaning"), where, "option")
     default = BuildConfig()
     cleaning = _mapping(options.get("cleaning", {}), where, "`cleaning`")
     _known(cleaning, ("outliers", "k"), where, "option of `cleaning`")
+    key = _key(options["key"], where) if "key" in options else default.key
     return BuildConfig(
         sources=_sources(options.get("sources", []), where),
         output=_text(options.get("output", ""), where, "output"),
-        columns=_columns(options.get("columns", {}), where),
+        key=key,
+        columns=_columns(options.get("columns", {}), key, where),
         time_unit=_choice(options.get("time_unit", default.time_unit), tuple(TIME_UNITS_MS), where, "time_unit"),
         quantiles=_quantiles(options.get("quantiles", list(default.quantiles)), where),
-        kv_bins=_bins(options.get("kv_bins", default.kv_bins), where, "kv_bins"),
-        prompt_bins=_bins(options.get("prompt_bins", default.prompt_bins), where, "prompt_bins"),
         cleaning=Cleaning(
             outliers=_choice(cleaning.get("outliers", "iqr"), OUTLIER_METHODS, where, "cleaning.outliers"),
             k=_positive(cleaning.get("k", 3.0), where, "cleaning.k"),
@@ -159,42 +228,61 @@ def parse_config(content: object, *, where: str = "configuration", base: Path | 
     )
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """The safe loader, refusing what has no place in a configuration: aliases (billion laughs), tags, repeated keys."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases are not allowed, in line {self.line + 1}")
-        tag = getattr(self.current_event, "tag", None)  # None where none is written
-        if tag is not None:
-            raise yaml.YAMLError(f"tags such as {_named(tag)} are not allowed, in line {self.line + 1}")
-        return super().compose_node(parent, index)
+class _Loader(yaml.SafeLoader):
+    """The safe loader, refusing keys that stand twice: one of the two would be lost without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names: set[str] = set()
+        names: set[object] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in names:
-                    raise yaml.YAMLError(f"`{_named(key.value)}` stands twice, in line {key.start_mark.line + 1}")
-                names.add(key.value)
+            if key.value in names if isinstance(key, yaml.ScalarNode) else False:
+                raise yaml.YAMLError(f"`{_named(key.value)}` stands twice, in line {key.start_mark.line + 1}")
+            names.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep=deep)
 
 
+def _read(path: Path) -> object:
+    where = str(path)
+    if path.is_dir():
+        raise _fail(
+            where, "is a folder, not a build configuration; folders of runs are sources, given without --config"
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise _fail(where, f"not UTF-8 at byte {error.start}; save the build configuration as UTF-8") from error
+        raise _fail(where, f"cannot read the build configuration: {getattr(error, 'strerror', error)}") from error
+    content = _parse_yaml(text, where)
+    return {} if content is None else content
+
+
+def _parse_yaml(text: str, where: str) -> object:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _fail(where, f"not valid YAML: {str(error) or type(error).__name__}") from error
+
+
 def _fail(where: str, message: str) -> ConfigError:
-    return ConfigError(f"{where}: {message}")
+    """Error on one line that a terminal can show, whatever the file holds."""
+    return ConfigError(_printable(f"{_named(where)}: {' '.join(message.split())}"))
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def _shown(value: object) -> str:
     """A value on one short line."""
     try:
-        return f"{' '.join(repr(value).split()):.80}"
+        return f"{_SHORT.repr(value):.80}"
     except ValueError:  # Python writes no integers of thousands of digits
         return "a number of thousands of digits"
 
 
 def _named(name: str) -> str:
     """A name on one short line."""
-    return f"{name if name.isprintable() else repr(name):.80}"
+    return name if name.isprintable() else repr(name)
 
 
 def _mapping(value: object, where: str, what: str) -> Mapping[str, object]:
@@ -210,7 +298,9 @@ def _known(options: Mapping[str, object], names: Sequence[str], where: str, what
     for name in options:
         if name not in names:
             nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise _fail(where, f"unknown {what} `{_named(name)}`; did you mean `{nearest}`? Known: {', '.join(names)}")
+            raise _fail(
+                where, f"unknown {what} `{_named(name):.80}`; did you mean `{nearest}`? Known: {', '.join(names)}"
+            )
 
 
 def _text(value: object, where: str, name: str) -> str:
@@ -266,23 +356,36 @@ def _quantiles(value: object, where: str) -> tuple[float, ...]:
     return tuple(sorted(levels))
 
 
-def _bins(value: object, where: str, name: str) -> int | tuple[int, ...]:
-    if isinstance(value, list):
-        edges = [item for item in value if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31]
-        if len(edges) != len(value) or not edges or edges != sorted(set(edges)):
-            raise _fail(where, f"`{name}` must be a number of bins or increasing whole edges, not {_shown(value)}")
-        return tuple(edges)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_BINS:
-        raise _fail(
-            where, f"`{name}` is {_shown(value)}; it must be a whole number from 1 to {MAX_BINS}, or a list of edges"
-        )
-    return value
+def _key(value: object, where: str) -> KeyNames:
+    """Key columns of ``[gpu, {n_gpus: category}]``, of ``{gpu: category, n_gpus: number}``, or of one name."""
+    key: list[tuple[str, str | None]] = []
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, str | Mapping):
+            raise _fail(where, f"`key` holds {_shown(item)}; write names of columns, such as `key: [gpu, n_gpus]`")
+        kinds = {item: None} if isinstance(item, str) else _mapping(item, where, "`key`")
+        for name, kind in kinds.items():
+            key.append((name, None if kind is None else _choice(kind, KINDS, where, f"key.{name}")))
+    names = [name for name, _ in key]
+    try:
+        refuse_key_names(names)
+    except ConfigError as error:
+        raise _fail(where, str(error)) from None
+    for name in names:
+        if name.lower() in _OWN_NAMES:
+            raise _fail(where, f"`{_named(name)}` cannot be a key column, for the runs have a column of that name")
+        if name not in _COLUMNS and name.lower() in _COLUMNS:
+            raise _fail(
+                where,
+                f"the key column `{name}` differs from lutest's own `{name.lower()}` in upper and lower case alone: "
+                f"write `key: [{name.lower()}, …]` and `columns: {{{name.lower()}: {name}}}`",
+            )
+    return tuple(key)
 
 
-def _columns(value: object, where: str) -> dict[str, ColumnRule]:
-    columns = dict(DEFAULT_COLUMNS)
+def _columns(value: object, key: KeyNames, where: str) -> dict[str, ColumnRule]:
+    columns = _default_columns(key)
     given = _mapping(value, where, "`columns`")
-    _known(given, tuple(DEFAULT_COLUMNS), where, "canonical column")
+    _known(given, tuple(columns), where, "column")
     for name, rule in given.items():
         columns[name] = _column_rule(name, rule, where)
     return columns
@@ -292,8 +395,8 @@ def _column_rule(name: str, rule: object, where: str) -> ColumnRule:
     if isinstance(rule, str) and rule:
         return ColumnRule(((rule,),))
     if isinstance(rule, list) and rule and all(isinstance(item, str) and item for item in rule):
-        if len(rule) > 1 and name not in SUMMABLE:
-            raise _fail(where, f"`columns.{name}` is a sum of fields; only these can be: {', '.join(SUMMABLE)}")
+        if len(rule) > 1 and name not in _SUMMABLE:
+            raise _fail(where, f"`columns.{name}` is a sum of fields; only these can be: {', '.join(_SUMMABLE)}")
         return ColumnRule((tuple(rule),))
     if isinstance(rule, Mapping) and set(rule) == {"constant"}:
         constant = rule["constant"]

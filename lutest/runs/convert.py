@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
+import pandas as pd
 
 from lutest.reader.errors import BuildError, ConfigError
-from lutest.reader.names import quote
-from lutest.runs.configuration import BuildConfig, load_config
-from lutest.runs.sources import Source
+from lutest.reader.figures import KeyColumn
+from lutest.reader.names import literal, quote
+from lutest.runs.configuration import Config, resolve_config
+from lutest.runs.sources import Source, list_sources, listed
 from lutest.runs.work import read_runs, work_database
-from lutest.tablefile.store import locked, temporary_path
+from lutest.tablefile.store import RUNS_MARK, locked, replacing
 
 __all__ = ["ConvertSummary", "convert"]
 
@@ -25,18 +26,14 @@ Progress = Callable[[str, int, int], None]
 # A rejected run must be rejected by the next build as well. Where the canonical columns cannot show its fault (text in
 # a column of numbers, half a token), the file leaves out its prefill_ms, without which no run is used.
 _FAULTS_SHOWN = ("missing_value", "no_output_tokens", "step_count_mismatch", "unreadable_row", "zero_prefill")
+_FIRST = ("workload", "sample_id")
 _COLUMNS = {
-    "workload": "workload",
-    "sample_id": "sample_id",
-    "tier": "tier",
-    "top_k": "top_k",
-    "num_blocks": "num_blocks",
     "prompt_tokens": "prompt_tokens",
     "vision_tokens": "vision_tokens",
     "text_tokens": "text_tokens",
     "output_tokens": "output_tokens",
     "prefill_ms": f"CASE WHEN reason IS NULL OR reason IN {_FAULTS_SHOWN!r} THEN prefill_ms END",
-    "decode_ms": "decode_ms",
+    "decode_ms": "CASE WHEN NOT coalesce(one_pass, false) THEN decode_ms END",  # else told by the total again
     "decode_steps_ms": "decode_steps_ms",
     "total_ms": "CASE WHEN total_given THEN total_ms END",
     "accuracy": "accuracy",
@@ -61,10 +58,10 @@ def convert(
     sources: Source | Sequence[Source],
     output: str | os.PathLike[str],
     *,
-    config: str | os.PathLike[str] | BuildConfig | None = None,
+    config: Config | None = None,
     progress: Progress | None = None,
 ) -> ConvertSummary:
-    """Write the runs of sources into one Parquet file that a build reads without any configuration.
+    """Write the runs of sources into one Parquet file that a build reads without any configuration but its key.
 
     Parameters
     ----------
@@ -72,8 +69,9 @@ def convert(
         Files, folders and globs of runs; paths are relative to the current folder.
     output : path
         The file to write, ending in ``.parquet``; relative to the current folder.
-    config : path or BuildConfig, optional
-        Where `columns` and `time_unit` are taken from, when the sources have field names or units of their own.
+    config : path, mapping or BuildConfig, optional
+        Where `key`, `columns` and `time_unit` are taken from, when the sources have a key, field names or units of
+        their own. The file has the key columns under their names.
     progress : callable, optional
         Called with (what, done, total) now and then.
 
@@ -99,14 +97,12 @@ def convert(
     target = Path(output)
     if target.suffix.lower() != ".parquet":
         raise ConfigError(f"{target}: the output must end in .parquet, for sources are told apart by their endings")
-    if target.is_dir():
-        raise BuildError(f"{target}: is a folder; name a file, such as {target / 'runs.parquet'}")
-    settings = config if isinstance(config, BuildConfig) else BuildConfig() if config is None else load_config(config)
-    given: Sequence[Source] = sources if isinstance(sources, list | tuple) else [sources]
-    with work_database() as connection:
-        read_runs(connection, given, settings, Path(), progress)
-        columns = _select_columns(connection)
-        _write(connection, target, columns)
+    settings, given = resolve_config(config), listed(sources)
+    files = list_sources([source for source in given if not isinstance(source, pd.DataFrame)], Path())
+    with locked(target, files, "runs") as replaced, work_database() as connection:
+        key = read_runs(connection, given, settings, Path(), progress)
+        columns = _select_columns(connection, key)
+        _write(connection, target, replaced, columns, key)
         problems = connection.execute(
             "SELECT reason, count(*) AS n FROM runs WHERE reason IS NOT NULL GROUP BY reason ORDER BY n DESC, reason"
         ).fetchall()
@@ -122,9 +118,10 @@ def convert(
     )
 
 
-def _select_columns(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
+def _select_columns(connection: duckdb.DuckDBPyConnection, key: Sequence[KeyColumn]) -> dict[str, str]:
     """Columns that hold any value, with their expressions."""
-    columns = dict(_COLUMNS)
+    columns = {name: quote(name) for name in (*_FIRST, *(column.name for column in key))}
+    columns |= {name: expression for name, expression in _COLUMNS.items() if name not in columns}
     repeated = connection.execute("SELECT 1 FROM runs WHERE step_positions IS NOT NULL LIMIT 1").fetchone()
     if repeated:
         columns["decode_steps_ms"] = "coalesce(steps_by_position, [[step] FOR step IN decode_steps_ms])"
@@ -170,35 +167,30 @@ def _write_steps_by_position(connection: duckdb.DuckDBPyConnection) -> None:
     )
 
 
-def _write(connection: duckdb.DuckDBPyConnection, target: Path, columns: dict[str, str]) -> None:
+def _write(
+    connection: duckdb.DuckDBPyConnection,
+    target: Path,
+    replaced: Path,
+    columns: dict[str, str],
+    key: Sequence[KeyColumn],
+) -> None:
     selected = ", ".join(f"{expression} AS {quote(name)}" for name, expression in columns.items())
+    sample = "convertible.sample_id"  # what stands in the runs, not in the columns that are written
+    ordered = ", ".join(
+        [*(f"convertible.{quote(column.name)}" for column in key), f"try_cast({sample} AS BIGINT)", sample]
+    )
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target) as replaced, _temporary(replaced) as temporary:
-            name = str(temporary).replace("'", "''")
-            connection.execute("SET preserve_insertion_order = true")  # rows stay as ordered, whatever the threads
+        connection.execute("SET preserve_insertion_order = true")  # rows stay as ordered, whatever the threads
+        with replacing(replaced) as temporary:
             connection.execute(
                 f"""
                 COPY (
                     SELECT {selected} FROM convertible
-                    ORDER BY convertible.tier, convertible.top_k, convertible.num_blocks,
-                        try_cast(convertible.sample_id AS BIGINT), convertible.sample_id, source_id, "row"
-                ) TO '{name}' (FORMAT parquet, COMPRESSION zstd)
+                    ORDER BY {ordered}, source_id, "row"
+                ) TO {literal(temporary)} (FORMAT parquet, COMPRESSION zstd, {RUNS_MARK})
                 """
             )
-            os.replace(temporary, replaced)
     except duckdb.Error as error:
         raise BuildError(f"{target}: cannot write the runs: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise BuildError(f"{target}: cannot write the runs: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    """A file beside the target that is gone afterwards, unless it took the target's place."""
-    temporary = temporary_path(target)
-    try:
-        yield temporary
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import duckdb
 
-from lutest.reader.errors import BuildError
-from lutest.runs.canonical import raw_fields, write_runs
+from lutest.reader.errors import BuildError, ConfigError
+from lutest.reader.figures import KeyColumn
+from lutest.runs.canonical import column_text, raw_fields, write_runs
 from lutest.runs.configuration import BuildConfig
-from lutest.runs.sources import Source, SourceFields, check_served_columns, read_sources
+from lutest.runs.sources import MEASURED, Source, printable, read_sources
 
 __all__ = ["read_runs", "work_database"]
 
 Progress = Callable[[str, int, int], None]
+
+_REQUIRED = {"prompt_tokens": "", "output_tokens": "", "prefill_ms": ", the time to the first token"}
+_ELAPSED = re.compile(r"elapsed|latency|duration|total", re.IGNORECASE)
+_MOST_FIELDS_SHOWN = 30
 
 
 def read_runs(
@@ -26,12 +32,104 @@ def read_runs(
     settings: BuildConfig,
     base: Path,
     progress: Progress | None = None,
-) -> None:
-    """Read sources into ``runs``, canonical and structurally checked."""
-    scalars, steps = raw_fields(settings.columns)
-    served = read_sources(connection, given, SourceFields(scalars, steps), base=base, progress=progress)
-    check_served_columns(connection, served, settings.columns, settings.time_unit)
-    write_runs(connection, settings.columns, settings.milliseconds)
+    extra_fields: Sequence[str] = (),
+) -> tuple[KeyColumn, ...]:
+    """Read sources into ``runs``, canonical and structurally checked, and their configurations into ``keys``.
+
+    Parameters
+    ----------
+    connection : duckdb connection
+        A work database.
+    given : sequence of path or DataFrame
+        Files, folders, glob patterns, frames.
+    settings : BuildConfig
+        What the key is, where columns come from, and the unit of the sources' times.
+    base : Path
+        Folder that relative paths are relative to.
+    progress : callable, optional
+        Called with (what, done, total) now and then.
+    extra_fields : sequence of str
+        Fields to keep in ``raw_runs`` beside those that the configuration needs.
+
+    Returns
+    -------
+    tuple of KeyColumn
+        The key columns.
+
+    Raises
+    ------
+    LutestError
+        A source cannot be read as a whole, or no run has a column that every run needs.
+    """
+    read_sources(connection, given, raw_fields(settings.columns, extra_fields), base=base, progress=progress)
+    _check_tools(connection, settings)
+    missing = _missing(connection, settings, (*dict(settings.key), *_REQUIRED))
+    if missing:
+        raise ConfigError(_without(connection, "no run", missing))
+    return write_runs(connection, settings)
+
+
+def _check_tools(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> None:
+    """Check the configuration against files of load generators.
+
+    They carry their own units and are read into canonical fields, so the configuration has no say in either; and what
+    they do not know of the key, it has to give.
+    """
+    sources = connection.execute(
+        "SELECT source_id, path, tool FROM source_files WHERE tool IS NOT NULL ORDER BY source_id"
+    ).fetchall()
+    first = "sources that need it need a `lutest convert` with a configuration of theirs first"
+    for source_id, path, tool in sources:
+        whose = f"{printable(path)}: a file of {tool}"
+        if settings.time_unit != "ms":
+            raise ConfigError(f"{whose} has a unit of its own: leave out `time_unit: {settings.time_unit}`; {first}")
+        for name in MEASURED:
+            rule = settings.columns[name]
+            if rule.constant is None and (name,) not in rule.alternatives:
+                fields = " + ".join(rule.alternatives[0])
+                raise ConfigError(f"{whose} has no field {fields}: leave out `columns.{name}`; {first}")
+        missing = _missing(connection, settings, dict(settings.key), source_id)
+        if missing:
+            raise ConfigError(_without(connection, f"{whose}: no request", missing, source_id))
+
+
+def _missing(
+    connection: duckdb.DuckDBPyConnection, settings: BuildConfig, names: Iterable[str], source_id: int | None = None
+) -> list[str]:
+    """Columns without a value in any run of a source, or of all; none where no run could be read at all."""
+    named = list(names)
+    counts = ", ".join(f"count(nullif({column_text(settings.columns[name])}, ''))" for name in named)
+    counted = connection.execute(
+        f"SELECT count(*), {counts} FROM raw_runs WHERE problem IS NULL AND source_id = coalesce(?, source_id)",
+        [source_id],
+    ).fetchone()
+    assert counted is not None
+    n_runs, *n_given = counted
+    return [name for name, n in zip(named, n_given, strict=True) if n_runs and not n]
+
+
+def _without(
+    connection: duckdb.DuckDBPyConnection, who: str, missing: Sequence[str], source_id: int | None = None
+) -> str:
+    held = connection.execute(
+        "SELECT unnest(fields) FROM source_files WHERE source_id = coalesce(?, source_id) ORDER BY source_id",
+        [source_id],
+    ).fetchall()
+    fields = list(dict.fromkeys(printable(name) for (name,) in held))
+    elapsed = [field for field in fields if _ELAPSED.search(field)]
+    if "prefill_ms" in missing and elapsed and any("token" in field.lower() for field in fields):
+        return (
+            f"{who} has a time to first token, only tokens and a time of its own ({elapsed[0]}), and that alone does "
+            "not tell prefill from decode: record both, or name the field, `--set columns.prefill_ms=FIELD`"
+        )
+    shown = ", ".join(fields[:_MOST_FIELDS_SHOWN]) + (", …" if len(fields) > _MOST_FIELDS_SHOWN else "")
+    told = ", ".join(f"{name}{_REQUIRED.get(name, '')}" for name in missing)
+    name = missing[0]
+    other = "" if name in _REQUIRED else ", or make the key of other fields, `--set 'key=[FIELD, …]'`"
+    return (
+        f"{who} has {told}: the fields are {shown}; name the one that it is, `--set columns.{name}=FIELD`, "
+        f"or say what it is for all runs, `--set columns.{name}.constant=VALUE`{other}"
+    )
 
 
 @contextlib.contextmanager

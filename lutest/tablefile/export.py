@@ -6,8 +6,7 @@ import contextlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -15,10 +14,10 @@ from typing import TYPE_CHECKING, TextIO
 from lutest.reader.errors import ArgumentError, BuildError, TableError
 from lutest.reader.export_file import EXPORT_ENDING, EXPORT_FORMAT, EXPORT_VERSION
 from lutest.reader.file import read_figures
-from lutest.reader.names import quote
+from lutest.reader.names import literal, quote
 from lutest.tablefile.schema import TABLES
 from lutest.tablefile.sql import connect
-from lutest.tablefile.store import temporary_path
+from lutest.tablefile.store import locked, replacing
 
 if TYPE_CHECKING:
     import duckdb
@@ -86,9 +85,13 @@ def export(table: str | os.PathLike[str], output: str | os.PathLike[str], *, par
         raise ArgumentError(f"{target}: the output must end in {EXPORT_ENDING}, for `lutest.load` goes by that")
     if parquet and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
         raise ArgumentError(f"{target}: stands there already; name a folder that is new or empty")
-    read_figures(path)  # nothing is made of a file that is not sound
+    key_columns = read_figures(path).key_columns  # nothing is made of a file that is not sound
+    queries = {
+        name: f"SELECT * FROM {quote(name)} ORDER BY {', '.join(map(quote, held.ordered_by(key_columns)))}"
+        for name, held in TABLES.items()
+    }
     with _failures(path, target):
-        return _write_parquet(path, target) if parquet else _write_json(path, target)
+        return (_write_parquet if parquet else _write_json)(path, target, queries)
 
 
 @contextlib.contextmanager
@@ -103,26 +106,24 @@ def _failures(path: Path, target: Path) -> Iterator[None]:
         raise TableError(f"{path}: cannot be exported: {str(error).splitlines()[0]}") from error
 
 
-def _write_json(path: Path, target: Path) -> ExportSummary:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(target)
+def _write_json(path: Path, target: Path, queries: Mapping[str, str]) -> ExportSummary:
     rows = {}
-    try:
-        with connect(path) as connection, temporary.open("x", encoding="utf-8") as file:
-            file.write(f'{{\n"format": {json.dumps(EXPORT_FORMAT)},\n"version": {EXPORT_VERSION},\n"tables": {{')
-            for number, name in enumerate(TABLES):
-                file.write(f"{',' if number else ''}\n{json.dumps(name)}: ")
-                rows[name] = _write_rows(connection, name, file)
-            file.write("\n}\n}\n")
-        os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with (
+        locked(target, [path], "export") as replaced,
+        replacing(replaced) as temporary,
+        connect(path) as connection,
+        temporary.open("x", encoding="utf-8") as file,
+    ):
+        file.write(f'{{\n"format": {json.dumps(EXPORT_FORMAT)},\n"version": {EXPORT_VERSION},\n"tables": {{')
+        for number, (name, query) in enumerate(queries.items()):
+            file.write(f"{',' if number else ''}\n{json.dumps(name)}: ")
+            rows[name] = _write_rows(connection, query, file)
+        file.write("\n}\n}\n")
     return ExportSummary(target, rows)
 
 
-def _write_rows(connection: duckdb.DuckDBPyConnection, name: str, file: TextIO) -> int:
-    cursor = connection.execute(_ordered(name))
+def _write_rows(connection: duckdb.DuckDBPyConnection, query: str, file: TextIO) -> int:
+    cursor = connection.execute(query)
     columns = [column[0] for column in cursor.description or ()]
     file.write(f'{{"columns": {json.dumps(columns)}, "rows": [')
     written = 0
@@ -141,31 +142,18 @@ def _plain(value: object) -> object:
     return value
 
 
-def _write_parquet(path: Path, target: Path) -> ExportSummary:
+def _write_parquet(path: Path, target: Path, queries: Mapping[str, str]) -> ExportSummary:
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = temporary_path(target).absolute()
-    folder.mkdir()
     rows = {}
-    try:
-        with connect(path, unsafe=True) as connection:
-            # A stranger's file may hold views in the place of tables: nothing but this folder is in their reach.
-            connection.execute(f"SET allowed_directories = [{_literal(folder)}]")
-            connection.execute("SET enable_external_access = false")
-            connection.execute("SET lock_configuration = true")
-            for name in TABLES:
-                file = _literal(folder / f"{name}.parquet")
-                written = connection.execute(f"COPY ({_ordered(name)}) TO {file} (FORMAT parquet)").fetchone()
-                assert written is not None
-                rows[name] = written[0]
-        os.replace(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with replacing(target.absolute()) as folder, connect(path, unsafe=True) as connection:
+        folder.mkdir()
+        # A stranger's file may hold views in the place of tables: nothing but this folder is in their reach.
+        connection.execute(f"SET allowed_directories = [{literal(folder)}]")
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+        for name, query in queries.items():
+            file = literal(folder / f"{name}.parquet")
+            written = connection.execute(f"COPY ({query}) TO {file} (FORMAT parquet)").fetchone()
+            assert written is not None
+            rows[name] = written[0]
     return ExportSummary(target, rows)
-
-
-def _ordered(name: str) -> str:
-    return f"SELECT * FROM {quote(name)} ORDER BY {', '.join(map(quote, TABLES[name].order))}"
-
-
-def _literal(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
 
 import duckdb
 
-from lutest.reader.names import quantile_suffix
+from lutest.reader.figures import KeyColumn
+from lutest.reader.lengths import levels_of
+from lutest.reader.names import literal, quantile_suffix, quote
+from lutest.reader.search import BUDGET_QUANTILE
 
 __all__ = ["write_macros"]
 
+ESTIMATE_QUANTILE = 0.5  # as in the verbs of an entry
+PREFILL_SHARE = 0.8  # as in LatencyTable.feasible
 
-def write_macros(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> None:
+# kind, name, definition and comment of a view or macro
+Object = tuple[str, str, str, str]
+
+
+def write_macros(
+    connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float], key_columns: Sequence[KeyColumn]
+) -> None:
     """Create the views and macros, each with its comment, in the database in use.
 
     Parameters
@@ -20,182 +34,494 @@ def write_macros(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[floa
         The tables of the file exist in its current database.
     quantiles : sequence of float
         Levels that the table holds.
+    key_columns : sequence of KeyColumn
+        What its configurations are made of.
 
     Notes
     -----
     Inside a macro, a column named like a parameter is ambiguous to DuckDB, within the views that it reads as well.
-    So the segment views rename the key columns, and qualify every column that they read.
+    So an estimate takes its parameters into a row ``x`` of its own, which it joins with views that rename the key
+    columns and qualify every column that they read.
+
+    DuckDB 1.2 takes values of parameters with defaults by name alone. So estimates, whose last arguments may be left
+    out, are there once per number of arguments; searches have named parameters.
     """
-    suffixes = [quantile_suffix(q) for q in quantiles]
-    for statement in (
-        _segments("prefill_segments", "prefill_curve", "prompt_tokens", suffixes, "ms", beyond="slope"),
-        _segments("decode_segments", "decode_curve", "kv_len", suffixes, "ms", beyond="slope", extra="p50_sum_ms"),
-        _segments("ratio_segments", "decode_total", "decode_steps", suffixes, "ratio", beyond="hold"),
-        _CORRELATIONS,
-        _configs(suffixes),
-        *_scalar_macros(quantiles),
-        _FEASIBLE,
-    ):
-        connection.execute(statement)
-    for statement in _COMMENTS:
-        connection.execute(statement)
+    sql = _Sql(tuple(quantiles), tuple(key_columns))
+    for kind, name, definition, comment in (*sql.views(), *sql.estimates(), *sql.searches()):
+        connection.execute(f"CREATE {kind.split()[0]} {name}{definition}")
+        connection.execute(f"COMMENT ON {kind} {name} IS {literal(comment)}")
 
 
-def _segments(
-    view: str, table: str, place: str, suffixes: Sequence[str], unit: str, *, beyond: str, extra: str | None = None
-) -> str:
-    """One row per segment [start, stop) of a piecewise-linear curve; the last one has no stop."""
-    lines = []
-    for suffix in suffixes:
-        value = f"c.{suffix}_{unit}"
-        step = f"({value} - lag({value}) OVER along) / (c.{place} - lag(c.{place}) OVER along)"
-        last = f"greatest(coalesce({step}, 0), 0)" if beyond == "slope" else "0"
-        lines.append(f"{value} AS {suffix}_start")
-        lines.append(
-            f"coalesce((lead({value}) OVER along - {value}) / (lead(c.{place}) OVER along - c.{place}), {last})"
-            f" AS {suffix}_slope"
+@dataclass(frozen=True)
+class _Sql:
+    """The SQL of one table's views and macros."""
+
+    quantiles: tuple[float, ...]
+    key_columns: tuple[KeyColumn, ...]
+
+    @property
+    def keys(self) -> list[str]:
+        return [quote(column.name) for column in self.key_columns]
+
+    @property
+    def suffixes(self) -> list[str]:
+        return [quantile_suffix(q) for q in self.quantiles]
+
+    def of(self, alias: str) -> str:
+        return ", ".join(f"{alias}.{key}" for key in self.keys)
+
+    def renamed(self, alias: str) -> str:
+        return ", ".join(f"{alias}.{key} AS key_{i}" for i, key in enumerate(self.keys, 1))
+
+    def numbered(self, alias: str) -> str:
+        return ", ".join(f"{alias}.key_{i}" for i in range(1, len(self.keys) + 1))
+
+    def same(self, one: str, other: str) -> str:
+        return " AND ".join(f"{one}.key_{i} = {other}.key_{i}" for i in range(1, len(self.keys) + 1))
+
+    # views
+
+    def views(self) -> list[Object]:
+        own = ", ".join(f"o.{suffix}_ms, 0.0" for suffix in self.suffixes)
+        all_prompts = f" UNION ALL SELECT {self.renamed('o')}, NULL, NULL, NULL, {own} FROM prefill AS o"
+        prefill = self._segments("prefill_curve", "prompt_tokens", "ms", carries_on=True) + all_prompts
+        decode = self._segments("decode_curve", "kv_len", "ms", "c.p50_sum_ms AS sum_start", carries_on=True)
+        ratio = self._segments("decode_total", "decode_steps", "ratio", carries_on=False)
+        held = "value at the start and slope, per quantile"
+        return [
+            ("VIEW", "prefill_segments", prefill, f"Segments of prefill_curve: {held}; no start: all prompts together"),
+            ("VIEW", "decode_segments", decode, f"Segments of decode_curve: {held}"),
+            ("VIEW", "ratio_segments", ratio, f"Segments of decode_total: {held}"),
+            ("VIEW", "key_figures", self._key_figures(), "Median prompt length and correlations per configuration"),
+            ("VIEW", "key_values", self._key_values(), "The values of each configuration, a row each"),
+            ("VIEW", "length_shares", _LENGTH_SHARES, "Share of runs per output length; no workload: all together"),
+            ("VIEW", "configs", self._configs(), "One wide row per configuration"),
+        ]
+
+    def _segments(self, table: str, place: str, unit: str, *extra: str, carries_on: bool) -> str:
+        """One row per segment [first_at, stop) of a piecewise-linear curve; the last one has no stop."""
+        columns = []
+        for suffix in self.suffixes:
+            value = f"c.{suffix}_{unit}"
+            before = f"({value} - lag({value}) OVER along) / (c.{place} - lag(c.{place}) OVER along)"
+            after = f"(lead({value}) OVER along - {value}) / (lead(c.{place}) OVER along - c.{place})"
+            last = f"greatest(coalesce({before}, 0), 0)" if carries_on else "0"
+            columns += [f"{value} AS {suffix}_start", f"coalesce({after}, {last}) AS {suffix}_slope"]
+        return f""" AS
+            SELECT
+                {self.renamed("c")},
+                CASE WHEN lag(c.{place}) OVER along IS NULL THEN 0 ELSE c.{place} END AS first_at,
+                c.{place} AS start,
+                lead(c.{place}) OVER along AS stop,
+                {", ".join([*columns, *extra])}
+            FROM {table} AS c
+            WINDOW along AS (PARTITION BY {self.of("c")} ORDER BY c.{place})
+        """
+
+    def _key_figures(self) -> str:
+        return f""" AS
+            SELECT {self.renamed("p")}, p.prompt_tokens_p50 AS median_prompt,
+                {", ".join(f"t.{suffix}_correlation" for suffix in self.suffixes)}
+            FROM prefill AS p LEFT JOIN total AS t ON {" AND ".join(f"t.{key} = p.{key}" for key in self.keys)}
+        """
+
+    def _key_values(self) -> str:
+        return " AS " + " UNION ALL ".join(
+            f"SELECT {self.renamed('p')}, {i} AS place, {literal(column.name)} AS name, p.{key}::VARCHAR AS value,"
+            f" {f'p.{key}::DOUBLE' if column.kind == 'number' else 'NULL::DOUBLE'} AS number FROM prefill AS p"
+            for i, (column, key) in enumerate(zip(self.key_columns, self.keys, strict=True), 1)
         )
-    if extra:
-        lines.append(f"c.{extra} AS sum_start")
+
+    def _configs(self) -> str:
+        prefill = ", ".join(f"p.{suffix}_ms AS prefill_{suffix}_ms" for suffix in self.suffixes)
+        decode = ", ".join(f"d.{suffix}_ms AS decode_step_{suffix}_ms" for suffix in self.suffixes)
+        return f""" AS
+            SELECT
+                {self.of("p")}, p.n,
+                {prefill}, p.p95_upper_ms AS prefill_p95_upper_ms,
+                p.prompt_tokens_min, p.prompt_tokens_p50, p.prompt_tokens_max,
+                {decode}, d.p95_upper_ms AS decode_step_p95_upper_ms,
+                d.n AS n_decode_runs, d.n_steps AS n_decode_steps, d.n_clamped
+            FROM prefill AS p
+            LEFT JOIN decode AS d ON {" AND ".join(f"d.{key} = p.{key}" for key in self.keys)}
+            ORDER BY {self.of("p")}
+        """
+
+    # what estimates are made of
+
+    def _asked(self, **asked: str) -> str:
+        """The row of what was asked for."""
+        columns = [f"{key} AS key_{i}" for i, key in enumerate(self.keys, 1)]
+        return f"(SELECT {', '.join([*columns, *(f'{value} AS {name}' for name, value in asked.items())])}) AS x"
+
+    def _known(self, *aliases: str, tokens: str = "x.tokens") -> str:
+        """Joins of ``x`` with the segments that hold what is asked for."""
+        prompt = "coalesce(x.prompt, k.median_prompt)"
+        holding = {
+            "k": ("key_figures", "true"),
+            "p": (
+                "prefill_segments",
+                f"CASE WHEN x.prompt IS NULL THEN p.start IS NULL ELSE {_holds('p', 'x.prompt')} END",
+            ),
+            "s": ("decode_segments", _holds("s", "x.kv_len")),
+            "a": ("decode_segments", _holds("a", prompt)),
+            "b": ("decode_segments", _holds("b", f"{prompt} + {tokens} - 1")),
+            "r": ("ratio_segments", _holds("r", f"{tokens} - 1")),
+        }
+        joins = [(alias, *holding[alias]) for alias in aliases]
+        return " ".join(f"LEFT JOIN {view} AS {alias} ON {self.same(alias, 'x')} AND {on}" for alias, view, on in joins)
+
+    def _steps_ms(self, tokens: str = "x.tokens") -> str:
+        """Sum of the P50 steps of a run."""
+        prompt = "coalesce(x.prompt, k.median_prompt)"
+        return f"{_sum_to('b', f'({prompt} + {tokens} - 1)')} - {_sum_to('a', prompt)}"
+
+    def _at_level(self, expression: Callable[[str], str]) -> str:
+        """What the expression is at the level that is asked for."""
+        branches = " ".join(
+            f"WHEN {q!r} THEN {expression(suffix)}" for q, suffix in zip(self.quantiles, self.suffixes, strict=True)
+        )
+        held = ", ".join(f"{q:g}" for q in self.quantiles)
+        return f"CASE x.level {branches} ELSE error('this table holds q = {held}, not q = ' || x.level) END"
+
+    # estimates
+
+    def estimates(self) -> list[Object]:
+        q = {"q": repr(ESTIMATE_QUANTILE)}
+        run = ("prompt_tokens", "output_tokens")
+        any_run = {"prompt_tokens": "NULL", "workload": "NULL"}
+        return [
+            self._estimate("prefill_ms", ("prompt_tokens",), q, self._prefill_ms, "Quantile q of prefill latency, ms"),
+            self._estimate(
+                "decode_step_ms", ("kv_len",), q, self._step_ms, "Quantile q of a decode step at a KV length, ms"
+            ),
+            self._estimate("decode_ms", run, q, self._decode_ms, "Quantile q of everything after the first token, ms"),
+            self._estimate("total_ms", run, q, self._total_ms, "Quantile q of prefill + decode, ms"),
+            ("MACRO", "normal_share", _NORMAL_SHARE, "Share of a normal distribution below a score"),
+            self._estimate(
+                "p_within",
+                ("budget_ms",),
+                any_run,
+                self._p_within,
+                "Probability that prefill + decode stays within a budget, over output lengths of a workload, or of all",
+            ),
+            self._estimate(
+                "expected_total_ms",
+                (),
+                any_run,
+                self._expected_total_ms,
+                "Mean of prefill + decode over output lengths of a workload, or of all, ms",
+            ),
+        ]
+
+    def _estimate(
+        self,
+        name: str,
+        required: Sequence[str],
+        optional: Mapping[str, str],
+        answer: Callable[[Mapping[str, str]], str],
+        comment: str,
+    ) -> Object:
+        """A macro of the key and what is required, and of as many of the others as are given."""
+        overloads = []
+        for given in range(len(optional) + 1):
+            names = (*required, *list(optional)[:given])
+            overloads.append(
+                f"({', '.join([*self.keys, *names])}) AS ({answer({**optional, **{n: n for n in names}})})"
+            )
+        return "MACRO", name, ", ".join(overloads), comment
+
+    def _prefill_ms(self, given: Mapping[str, str]) -> str:
+        x = self._asked(prompt=given["prompt_tokens"], level=given["q"])
+        return f"SELECT {self._at_level(lambda s: _at('p', s, 'x.prompt'))} FROM {x} {self._known('p')}"
+
+    def _step_ms(self, given: Mapping[str, str]) -> str:
+        x = self._asked(kv_len=given["kv_len"], level=given["q"])
+        return f"SELECT {self._at_level(lambda s: _at('s', s, 'x.kv_len'))} FROM {x} {self._known('s')}"
+
+    def _decode_ms(self, given: Mapping[str, str]) -> str:
+        x = self._asked(prompt=given["prompt_tokens"], tokens=given["output_tokens"], level=given["q"])
+        ratio = self._at_level(lambda s: _at("r", s, "(x.tokens - 1)"))
+        value = f"CASE WHEN x.tokens = 1 THEN 0.0 ELSE ({self._steps_ms()}) * ({ratio}) END"
+        return f"SELECT {value} FROM {x} {self._known('k', 'a', 'b', 'r')}"
+
+    def _total_ms(self, given: Mapping[str, str]) -> str:
+        x = self._asked(prompt=given["prompt_tokens"], tokens=given["output_tokens"], level=given["q"])
+        parts = {
+            "tokens": "x.tokens",
+            "side": "CASE WHEN x.level < 0.5 THEN -1 ELSE 1 END",
+            "steps_ms": self._steps_ms(),
+            "prefill_p50": _at("p", "p50", "x.prompt"),
+            "prefill_q": self._at_level(lambda s: _at("p", s, "x.prompt")),
+            "ratio_p50": _at("r", "p50", "(x.tokens - 1)"),
+            "ratio_q": self._at_level(lambda s: _at("r", s, "(x.tokens - 1)")),
+            "correlation": self._at_level(lambda s: f"k.{s}_correlation"),
+        }
+        total = _total("prefill_q", "ratio_q", "correlation", "t.side")
+        return f"SELECT {total} FROM ({_select(parts)} FROM {x} {self._known('k', 'p', 'a', 'b', 'r')}) AS t"
+
+    def _over_lengths(self, given: Mapping[str, str], **asked: str) -> str:
+        """A row per output length, ``w``: its share, what was asked, and totals at the levels, which do not fall."""
+        x = self._asked(prompt=given["prompt_tokens"], of_workload=given["workload"], **asked)
+        parts = {
+            **{name: f"x.{name}" for name in asked},
+            "share": "l.share",
+            "tokens": "l.tokens",
+            "steps_ms": self._steps_ms("l.tokens"),
+        }
+        totals = {}
+        for q, s in zip(self.quantiles, self.suffixes, strict=True):
+            parts[f"prefill_{s}"] = _at("p", s, "x.prompt")
+            parts[f"ratio_{s}"] = _at("r", s, "(l.tokens - 1)")
+            parts[f"correlation_{s}"] = f"k.{s}_correlation"
+            total = _total(f"prefill_{s}", f"ratio_{s}", f"correlation_{s}", "1" if q >= 0.5 else "-1")
+            totals[f"{s}_ms"] = f"greatest({', '.join([*totals.values(), total])})" if totals else total
+        lengths = "JOIN length_shares AS l ON l.of_workload IS NOT DISTINCT FROM x.of_workload"
+        known = self._known("k", "p", "a", "b", "r", tokens="l.tokens")
+        held = {name: f"t.{name}" for name in (*asked, "share", "tokens")}
+        return f"({_select({**held, **totals})} FROM ({_select(parts)} FROM {x} {lengths} {known}) AS t) AS w"
+
+    def _mean(self, value: str, given: Mapping[str, str], rows: str) -> str:
+        """Mean of a value over rows with a share; NULL where one of them is."""
+        missing = f"'the table holds no output lengths of workload ' || coalesce({given['workload']}, 'any')"
+        return f"""
+            SELECT CASE
+                WHEN count(*) = 0 THEN error({missing})
+                WHEN count(m.value) = count(*) THEN sum(m.share * m.value)
+            END
+            FROM (SELECT w.share, {value} AS value FROM {rows}) AS m
+        """
+
+    def _p_within(self, given: Mapping[str, str]) -> str:
+        levels = levels_of(self.quantiles)
+        lines = []
+        for (low, low_score), (high, high_score) in pairwise(zip(self.suffixes, levels.scores, strict=True)):
+            slope = f"({high_score!r} - {low_score!r}) / (w.{high}_ms - w.{low}_ms)"
+            lines.append(f"""
+                WHEN w.budget < w.{high}_ms OR {high == self.suffixes[-1]} THEN
+                    CASE
+                        WHEN w.{low}_ms < w.{high}_ms THEN {low_score!r} + (w.budget - w.{low}_ms) * {slope}
+                        WHEN w.budget < w.{low}_ms THEN {-2 * levels.outermost!r}
+                        ELSE {levels.outermost!r}
+                    END""")
+        totals = self._over_lengths(given, budget=given["budget_ms"])
+        # grouped, each length by itself, so that DuckDB works the score out once and not wherever it stands
+        score = f"any_value(w.share) AS share, any_value(CASE {''.join(lines)} END) AS score"
+        scores = f"(SELECT {score} FROM {totals} GROUP BY w.tokens) AS w"
+        within = f"""
+            CASE
+                WHEN w.score >= {levels.outermost!r} THEN 1
+                WHEN w.score < {-levels.outermost!r} THEN 0
+                ELSE normal_share(w.score)
+            END
+        """
+        return self._mean(within, given, scores)
+
+    def _expected_total_ms(self, given: Mapping[str, str]) -> str:
+        weights = levels_of(self.quantiles).weights
+        mean = " + ".join(f"{weight!r} * w.{s}_ms" for weight, s in zip(weights, self.suffixes, strict=True))
+        # the line of two levels is symmetric about the median
+        return self._mean(mean if len(weights) > 2 else "w.p50_ms", given, self._over_lengths(given))
+
+    # searches
+
+    def searches(self) -> list[Object]:
+        named = {
+            "prompt_tokens": "NULL",
+            "output_tokens": "NULL",
+            "prefill_share": repr(PREFILL_SHARE),
+            "q": "NULL",
+            "margin": "0.0",
+            "prompt_tokens_by": "NULL",
+            "p_at_least": "NULL",
+            '"by"': "NULL",
+            "workload": "NULL",
+        }
+        parameters = f"(budget_ms, {', '.join(f'{name} := {value}' for name, value in named.items())}) AS TABLE"
+        feasible = f"feasible(budget_ms, {', '.join(f'{name} := {name}' for name in named)})"
+        return [
+            ("MACRO TABLE", "prompt_lengths", self._prompt_lengths(), "Prompt length of a request per configuration"),
+            (
+                "MACRO TABLE",
+                "feasible",
+                parameters + self._feasible(),
+                "Configurations that fit a budget, with the latency that decides: prefill within its share of the budget; "
+                "the total, given output_tokens; the total with probability p_at_least, or its mean by := 'expected'",
+            ),
+            (
+                "MACRO TABLE",
+                "best",
+                parameters + self._best(feasible),
+                "The feasible configuration of the highest accuracy on a workload; of equals, the fastest",
+            ),
+        ]
+
+    def _prompt_lengths(self) -> str:
+        names = ", ".join(column.name for column in self.key_columns)
+        nowhere = literal(f"prompt_tokens_by maps values of none of the key columns {names}")
+        name_one = literal(", of which name one, as in MAP {'users': MAP {1: 150}}")
+        matches = "CASE WHEN v.number IS NULL THEN v.value = g.value ELSE v.number = TRY_CAST(g.value AS DOUBLE) END"
+        return f"""(prompt_tokens, prompt_tokens_by) AS TABLE
+            WITH entries AS (
+                SELECT unnest(map_entries(CAST(prompt_tokens_by AS MAP(VARCHAR, VARCHAR)))) AS pair
+            ),
+            nested AS (
+                SELECT e.pair.key AS of_column, TRY_CAST(e.pair.value AS MAP(VARCHAR, VARCHAR)) AS pairs
+                FROM entries AS e
+            ),
+            given AS (
+                SELECT NULL AS of_column, e.pair.key AS value, e.pair.value AS tokens FROM entries AS e
+                WHERE TRY_CAST(e.pair.value AS MAP(VARCHAR, VARCHAR)) IS NULL
+                UNION ALL
+                SELECT u.of_column, u.pair.key, u.pair.value
+                FROM (SELECT n.of_column, unnest(map_entries(n.pairs)) AS pair FROM nested AS n) AS u
+            ),
+            found AS (
+                SELECT count(DISTINCT v.place) AS n, min(v.place) AS place, string_agg(DISTINCT v.name, ' and ') AS names
+                FROM key_values AS v JOIN given AS g ON {matches} AND coalesce(g.of_column, v.name) = v.name
+            )
+            SELECT
+                {self.numbered("v")},
+                CASE
+                    WHEN prompt_tokens_by IS NULL THEN prompt_tokens
+                    WHEN prompt_tokens IS NOT NULL THEN error('give prompt_tokens or prompt_tokens_by, not both')
+                    WHEN f.n = 0 THEN error({nowhere})
+                    WHEN f.n > 1 THEN error('prompt_tokens_by maps values of ' || f.names || {name_one})
+                    WHEN TRY_CAST(g.tokens AS BIGINT) IS NULL THEN
+                        error('prompt_tokens_by has no whole number for ' || v.name || ' = ' || v.value)
+                    ELSE TRY_CAST(g.tokens AS BIGINT)
+                END AS prompt
+            FROM key_values AS v
+            JOIN found AS f ON v.place = coalesce(f.place, 1)
+            LEFT JOIN given AS g ON {matches}
+        """
+
+    def _feasible(self) -> str:
+        key = self.numbered("r")
+        level = f"coalesce(q, {BUDGET_QUANTILE!r})"
+        excluding = literal("allowed is one of p_at_least, by := 'expected', and q with or without output_tokens")
+        return f"""
+            WITH r AS MATERIALIZED (SELECT p.* FROM prompt_lengths(prompt_tokens, prompt_tokens_by) AS p)
+            SELECT c.*, a.latency_ms
+            FROM configs AS c
+            JOIN (
+                SELECT {key}, prefill_ms({key}, r.prompt, {level}) AS latency_ms, prefill_share * budget_ms AS limit_ms
+                FROM r WHERE output_tokens IS NULL AND p_at_least IS NULL AND "by" IS NULL
+                UNION ALL
+                SELECT {key}, total_ms({key}, r.prompt, output_tokens, {level}), budget_ms
+                FROM r WHERE output_tokens IS NOT NULL
+                UNION ALL
+                SELECT {key}, expected_total_ms({key}, r.prompt, workload), budget_ms
+                FROM r WHERE "by" IS NOT NULL
+                UNION ALL
+                SELECT
+                    {key},
+                    expected_total_ms({key}, r.prompt, workload),
+                    CASE
+                        WHEN p_within({key}, budget_ms / (1 + margin), r.prompt, workload) >= p_at_least THEN 'inf'::DOUBLE
+                    END
+                FROM r WHERE p_at_least IS NOT NULL
+            ) AS a ON {" AND ".join(f"a.key_{i} = c.{name}" for i, name in enumerate(self.keys, 1))}
+            WHERE
+                CASE
+                    WHEN "by" <> 'expected' THEN error('by is ' || "by" || '; allowed: expected')
+                    WHEN NOT (p_at_least > 0 AND p_at_least < 1) THEN
+                        error('p_at_least is ' || p_at_least || '; allowed: above 0 and below 1')
+                    WHEN (p_at_least IS NOT NULL)::INTEGER + ("by" IS NOT NULL)::INTEGER
+                        + (q IS NOT NULL OR output_tokens IS NOT NULL)::INTEGER > 1 THEN error({excluding})
+                    ELSE a.latency_ms * (1 + margin) <= a.limit_ms
+                END
+            ORDER BY {self.of("c")}
+        """
+
+    def _best(self, feasible: str) -> str:
+        return f"""
+            SELECT f.*, s.accuracy, s.workload
+            FROM {feasible} AS f
+            CROSS JOIN (
+                SELECT count(DISTINCT w.workload) AS n, string_agg(DISTINCT w.workload, ', ') AS names,
+                    coalesce(workload, min(w.workload)) AS chosen, bool_or(w.workload = workload) AS held
+                FROM quality AS w
+            ) AS v
+            LEFT JOIN quality AS s ON s.workload = v.chosen AND {" AND ".join(f"s.{name} = f.{name}" for name in self.keys)}
+            WHERE
+                CASE
+                    WHEN v.n = 0 THEN error('the table holds no accuracy: build from runs with a column accuracy')
+                    WHEN workload IS NULL AND v.n > 1 THEN error('whose accuracy? name a workload: ' || v.names)
+                    WHEN NOT v.held THEN error('no accuracy on the workload ' || workload || '; allowed: ' || v.names)
+                    ELSE s.accuracy IS NOT NULL
+                END
+            ORDER BY s.accuracy DESC, f.latency_ms, {self.of("f")}
+            LIMIT 1
+        """
+
+
+def _select(columns: Mapping[str, str]) -> str:
+    return "SELECT " + ", ".join(f"{value} AS {name}" for name, value in columns.items())
+
+
+def _holds(alias: str, place: str) -> str:
+    """Whether a segment holds a place."""
+    return f"{alias}.first_at <= {place} AND ({place} < {alias}.stop OR {alias}.stop IS NULL)"
+
+
+def _at(alias: str, suffix: str, place: str) -> str:
+    """Value at a place of the segment that holds it: before the first knot, that of the knot."""
+    return f"{alias}.{suffix}_start + greatest({place} - {alias}.start, 0) * {alias}.{suffix}_slope"
+
+
+def _sum_to(alias: str, place: str) -> str:
+    """Sum of the P50 curve over 1 … place: from the knot on an arithmetic series, before the first knot a constant."""
+    after = f"({place} - {alias}.start)"
     return f"""
-        CREATE VIEW {view} AS
-        SELECT
-            c.tier AS key_tier,
-            c.top_k AS key_top_k,
-            c.num_blocks AS key_num_blocks,
-            c.{place} AS start,
-            lag(c.{place}) OVER along IS NULL AS is_first,
-            lead(c.{place}) OVER along AS stop,
-            {("," + chr(10) + "            ").join(lines)}
-        FROM {table} AS c
-        WINDOW along AS (PARTITION BY c.tier, c.top_k, c.num_blocks ORDER BY c.{place})
-    """
-
-
-_CORRELATIONS = """
-    CREATE VIEW correlations AS
-    SELECT t.* RENAME (tier AS key_tier, top_k AS key_top_k, num_blocks AS key_num_blocks)
-    FROM total AS t
-"""
-
-
-def _configs(suffixes: Sequence[str]) -> str:
-    prefill = ", ".join(f"p.{suffix}_ms AS prefill_{suffix}_ms" for suffix in suffixes)
-    decode = ", ".join(f"d.{suffix}_ms AS decode_step_{suffix}_ms" for suffix in suffixes)
-    return f"""
-        CREATE VIEW configs AS
-        SELECT
-            p.tier, p.top_k, p.num_blocks, p.n,
-            {prefill}, p.p95_upper_ms AS prefill_p95_upper_ms,
-            p.prompt_tokens_min, p.prompt_tokens_p50, p.prompt_tokens_max,
-            {decode}, d.p95_upper_ms AS decode_step_p95_upper_ms,
-            d.n AS n_decode_runs, d.n_steps AS n_decode_steps, d.n_clamped
-        FROM prefill AS p
-        LEFT JOIN decode AS d ON d.tier = p.tier AND d.top_k = p.top_k AND d.num_blocks = p.num_blocks
-        ORDER BY p.tier, p.top_k, p.num_blocks
-    """
-
-
-def _pick(quantiles: Sequence[float], expression: str) -> str:
-    """CASE over the levels of the table; `expression` holds {suffix}."""
-    branches = " ".join(f"WHEN q = {q!r} THEN {expression.replace('{suffix}', quantile_suffix(q))}" for q in quantiles)
-    held = ", ".join(f"{q:g}" for q in quantiles)
-    return f"CASE {branches} ELSE error('this table holds q = {held}, not q = ' || q) END"
-
-
-_OF_KEY = "s.key_tier = tier AND s.key_top_k = top_k AND s.key_num_blocks = num_blocks"
-
-
-def _on_curve(view: str, place: str, value: str) -> str:
-    """Value at a place: the segment that holds it, the first knot's value before it."""
-    return f"""(
-        SELECT {value}
-        FROM {view} AS s
-        WHERE {_OF_KEY}
-            AND (s.start <= {place} OR s.is_first)
-            AND (s.stop > {place} OR s.stop IS NULL)
-    )"""
-
-
-def _scalar_macros(quantiles: Sequence[float]) -> list[str]:
-    key = "tier, top_k, num_blocks"
-    prefill_at = "s.{suffix}_start + greatest(prompt_tokens - s.start, 0) * s.{suffix}_slope"
-    step_at = "s.{suffix}_start + greatest(kv_len - s.start, 0) * s.{suffix}_slope"
-    ratio_at = "s.{suffix}_start + greatest(decode_steps - s.start, 0) * s.{suffix}_slope"
-    # Sum over KV lengths 1 to kv_len: from the knot on an arithmetic series, before the first knot a constant.
-    sum_at = """
         CASE
-            WHEN s.is_first AND kv_len <= s.start THEN kv_len * s.p50_start
-            ELSE s.sum_start + (kv_len - s.start) * s.p50_start
-                + s.p50_slope * (kv_len - s.start) * (kv_len - s.start + 1) / 2
+            WHEN {after} < 0 THEN {place} * {alias}.p50_start
+            ELSE {alias}.sum_start + {after} * {alias}.p50_start + {alias}.p50_slope * {after} * ({after} + 1) / 2
         END
     """
-    lower = "CASE WHEN q < 0.5 THEN -1 ELSE 1 END"
-    return [
-        f"CREATE MACRO prefill_ms({key}, prompt_tokens, q) AS"
-        f" {_on_curve('prefill_segments', 'prompt_tokens', _pick(quantiles, prefill_at))}",
-        f"CREATE MACRO decode_step_ms({key}, kv_len, q) AS"
-        f" {_on_curve('decode_segments', 'kv_len', _pick(quantiles, step_at))}",
-        f"CREATE MACRO decode_sum_ms({key}, kv_len) AS {_on_curve('decode_segments', 'kv_len', sum_at)}",
-        f"CREATE MACRO decode_ratio({key}, decode_steps, q) AS"
-        f" {_on_curve('ratio_segments', 'decode_steps', _pick(quantiles, ratio_at))}",
-        f"""
-        CREATE MACRO decode_ms({key}, prompt_tokens, output_tokens, q) AS
-            CASE
-                WHEN output_tokens = 1 THEN 0.0
-                ELSE (
-                    decode_sum_ms({key}, prompt_tokens + output_tokens - 1) - decode_sum_ms({key}, prompt_tokens)
-                ) * decode_ratio({key}, output_tokens - 1, q)
-            END
-        """,
-        f"""
-        CREATE MACRO correlation({key}, q) AS (
-            SELECT {_pick(quantiles, "s.{suffix}_correlation")}
-            FROM correlations AS s
-            WHERE {_OF_KEY}
-        )
-        """,
-        "CREATE MACRO combined_ms(prefill_p50_ms, prefill_q_ms, decode_p50_ms, decode_q_ms, c, q) AS"
-        f" prefill_p50_ms + decode_p50_ms + {lower} * sqrt("
-        "pow(prefill_q_ms - prefill_p50_ms, 2) + pow(decode_q_ms - decode_p50_ms, 2)"
-        " + 2 * c * abs(prefill_q_ms - prefill_p50_ms) * abs(decode_q_ms - decode_p50_ms))",
-        f"""
-        CREATE MACRO total_ms({key}, prompt_tokens, output_tokens, q) AS
-            CASE
-                WHEN output_tokens = 1 THEN prefill_ms({key}, prompt_tokens, q)
-                ELSE combined_ms(
-                    prefill_ms({key}, prompt_tokens, 0.5),
-                    prefill_ms({key}, prompt_tokens, q),
-                    decode_ms({key}, prompt_tokens, output_tokens, 0.5),
-                    decode_ms({key}, prompt_tokens, output_tokens, q),
-                    correlation({key}, q),
-                    q
-                )
-            END
-        """,
-    ]
 
 
-_FEASIBLE = """
-    CREATE MACRO feasible(budget_ms) AS TABLE
-        SELECT c.*
-        FROM configs AS c
-        WHERE c.prefill_p95_ms <= 0.8 * budget_ms
+def _total(prefill_q: str, ratio_q: str, correlation: str, sign: str) -> str:
+    """The total of parts ``t``: the P50s, and the deviations of prefill and decode combined."""
+    prefill, decode = f"abs(t.{prefill_q} - t.prefill_p50)", f"abs(t.steps_ms * (t.{ratio_q} - t.ratio_p50))"
+    return f"""
+        CASE
+            WHEN t.tokens = 1 THEN t.{prefill_q}
+            ELSE t.prefill_p50 + t.steps_ms * t.ratio_p50
+                + {sign} * sqrt(pow({prefill}, 2) + pow({decode}, 2) + 2 * t.{correlation} * {prefill} * {decode})
+        END
+    """
+
+
+_LENGTH_SHARES = """ AS
+    SELECT o.workload AS of_workload, o.output_tokens AS tokens, o.n / sum(o.n) OVER (PARTITION BY o.workload) AS share
+    FROM output_length AS o
+    UNION ALL
+    SELECT NULL, o.output_tokens, sum(o.n) / (SELECT sum(a.n) FROM output_length AS a)
+    FROM output_length AS o
+    GROUP BY o.output_tokens
 """
 
-_COMMENTS = (
-    "COMMENT ON VIEW prefill_segments IS 'Segments of prefill_curve: value at the start and slope, per quantile'",
-    "COMMENT ON VIEW decode_segments IS 'Segments of decode_curve: value at the start and slope, per quantile'",
-    "COMMENT ON VIEW ratio_segments IS 'Segments of decode_total: ratio at the start and slope, per quantile'",
-    "COMMENT ON VIEW correlations IS 'The table total, with key columns named as macros need them'",
-    "COMMENT ON VIEW configs IS 'One wide row per configuration'",
-    "COMMENT ON MACRO prefill_ms IS 'Quantile q of prefill latency at a prompt length, ms'",
-    "COMMENT ON MACRO decode_step_ms IS 'Quantile q of one decode step at a KV length, ms'",
-    "COMMENT ON MACRO decode_sum_ms IS 'Sum of the P50 decode steps over KV lengths 1 to kv_len, ms'",
-    "COMMENT ON MACRO decode_ratio IS 'Quantile q of decode_ms over the sum of its P50 steps'",
-    "COMMENT ON MACRO decode_ms IS 'Quantile q of everything after the first token, ms'",
-    "COMMENT ON MACRO correlation IS 'How far deviations of prefill and decode add up in a total'",
-    "COMMENT ON MACRO combined_ms IS 'Total from the P50 and quantile q of prefill and decode'",
-    "COMMENT ON MACRO total_ms IS 'Quantile q of prefill + decode, ms'",
-    "COMMENT ON MACRO TABLE feasible IS 'Configurations whose P95 prefill takes at most 80 % of the budget'",
-)
+
+# Hart et al. (1968), Computer Approximations, no. 5666, as in West (2005), Wilmott Magazine, May, 70-76: to 1e-15 for
+# scores within 7
+_HART_ABOVE = (
+    3.52624965998911e-02, 0.700383064443688, 6.37396220353165, 33.912866078383, 112.079291497871, 221.213596169931,
+    220.206867912376,
+)  # fmt: skip
+_HART_BELOW = (
+    8.83883476483184e-02, 1.75566716318264, 16.064177579207, 86.7807322029461, 296.564248779674, 637.333633378831,
+    793.826512519948, 440.413735824752,
+)  # fmt: skip
+
+
+def _polynomial(coefficients: Sequence[float]) -> str:
+    """By Horner's rule, of the score without its sign."""
+    return reduce(lambda held, following: f"({held} * abs(score) + {following})", (f"{c!r}e0" for c in coefficients))
+
+
+_NORMAL_SHARE = f"""(score) AS
+    CASE WHEN score > 0 THEN 1 ELSE 0 END
+    + CASE WHEN score > 0 THEN -1 ELSE 1 END
+    * exp(-0.5 * score * score) * {_polynomial(_HART_ABOVE)} / {_polynomial(_HART_BELOW)}
+"""

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lutest.reader.names import KEY_COLUMNS, quantile_suffix
+from lutest.reader.errors import ConfigError, TableError
+from lutest.reader.figures import KeyColumn
+from lutest.reader.names import KEY_COLUMNS, REBUILD, literal, quantile_suffix
 
-__all__ = ["STORAGE_VERSION", "TABLES", "Column", "Table"]
+if TYPE_CHECKING:
+    import duckdb
+
+__all__ = ["STORAGE_VERSION", "TABLES", "Column", "Table", "refuse_key_names", "stored_key_columns"]
 
 STORAGE_VERSION = "v1.2.0"
 
@@ -23,32 +31,35 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the file."""
+    """A table of the file; `_KEY` among its columns stands for the key columns."""
 
     name: str
     comment: str
     columns: tuple[Column, ...]
     order: tuple[str, ...]
 
-    def expand(self, quantiles: Sequence[float]) -> tuple[Column, ...]:
-        """Columns with one per quantile in place of each ``{q}``."""
+    def expand(self, quantiles: Sequence[float], key_columns: Sequence[KeyColumn]) -> tuple[Column, ...]:
+        """Columns with the key columns in place of the key, and one per quantile in place of each ``{q}``."""
         expanded: list[Column] = []
         for column in self.columns:
-            if "{q}" not in column.name:
+            if column is _KEY:
+                expanded += [Column(key.name, key.type, f"Of the configuration, a {key.kind}") for key in key_columns]
+            elif "{q}" in column.name:
+                for q in quantiles:
+                    suffix = quantile_suffix(q)
+                    comment = column.comment.replace("{q}", suffix.upper().replace("_", "."))
+                    expanded.append(Column(column.name.replace("{q}", suffix), column.type, comment))
+            else:
                 expanded.append(column)
-                continue
-            for q in quantiles:
-                suffix = quantile_suffix(q)
-                comment = column.comment.replace("{q}", suffix.upper().replace("_", "."))
-                expanded.append(Column(column.name.replace("{q}", suffix), column.type, comment))
         return tuple(expanded)
 
+    def ordered_by(self, key_columns: Sequence[KeyColumn]) -> tuple[str, ...]:
+        """Columns that its rows are ordered by."""
+        names = [key.name for key in key_columns]
+        return tuple(name for held in self.order for name in (names if held == _KEY.name else [held]))
 
-_KEYS = (
-    Column("tier", "VARCHAR", "Vision-token tier of the configuration"),
-    Column("top_k", "INTEGER", "Experts per token of the configuration"),
-    Column("num_blocks", "INTEGER", "Active transformer blocks of the configuration"),
-)
+
+_KEY = Column("{key}", "", "")  # stands for the key columns
 _SOURCE = Column(
     "source",
     "VARCHAR",
@@ -63,7 +74,7 @@ TABLES: dict[str, Table] = {
             "prefill",
             "Prefill latency (vision + projector + LLM prefill) per configuration, all prompts together",
             (
-                *_KEYS,
+                _KEY,
                 Column("n", "BIGINT", "Accepted runs"),
                 Column("{q}_ms", "DOUBLE", "{q} of prefill_ms (Hyndman-Fan type 7)"),
                 Column(
@@ -79,25 +90,25 @@ TABLES: dict[str, Table] = {
                 Column("prompt_tokens_min", "BIGINT", "Least prompt_tokens"),
                 Column("prompt_tokens_max", "BIGINT", "Largest prompt_tokens"),
             ),
-            KEY_COLUMNS,
+            (_KEY.name,),
         ),
         Table(
             "prefill_curve",
             "Prefill latency over prompt length: knots of a piecewise-linear curve",
             (
-                *_KEYS,
+                _KEY,
                 Column("prompt_tokens", "BIGINT", "Vision + text tokens in the KV cache after prefill"),
                 Column("n", "BIGINT", "Runs whose nearest knot this is"),
                 Column("{q}_ms", "DOUBLE", "{q} of prefill_ms at this prompt length"),
                 _SOURCE,
             ),
-            (*KEY_COLUMNS, "prompt_tokens"),
+            (_KEY.name, "prompt_tokens"),
         ),
         Table(
             "decode",
             "Latency of one decode step per configuration, all KV lengths together",
             (
-                *_KEYS,
+                _KEY,
                 Column("n", "BIGINT", "Accepted runs of two tokens or more"),
                 Column("n_steps", "BIGINT", "Their decode steps, output_tokens - 1 each"),
                 Column("n_clamped", "BIGINT", "Runs among n whose decode_ms was clamped at zero"),
@@ -124,38 +135,38 @@ TABLES: dict[str, Table] = {
                     "steps", "VARCHAR", "timed: every step was measured; totals: recovered from decode_ms of whole runs"
                 ),
             ),
-            KEY_COLUMNS,
+            (_KEY.name,),
         ),
         Table(
             "decode_curve",
             "Latency of a decode step over KV length: knots of a piecewise-linear curve",
             (
-                *_KEYS,
+                _KEY,
                 Column("kv_len", "BIGINT", "KV length that the step attends over: prompt_tokens + i for step i"),
                 Column("n", "BIGINT", "Decode steps whose nearest knot this is"),
                 Column("{q}_ms", "DOUBLE", "{q} of the step at this KV length"),
                 Column("p50_sum_ms", "DOUBLE", "Sum of the P50 curve over KV lengths 1 to this one"),
                 _SOURCE,
             ),
-            (*KEY_COLUMNS, "kv_len"),
+            (_KEY.name, "kv_len"),
         ),
         Table(
             "decode_total",
             "Quantiles of decode_ms as ratios to the sum of its P50 steps, over the number of steps",
             (
-                *_KEYS,
+                _KEY,
                 Column("decode_steps", "BIGINT", "Number of decode steps, output_tokens - 1"),
                 Column("n", "BIGINT", "Runs whose nearest knot this is"),
                 Column("{q}_ratio", "DOUBLE", "{q} of decode_ms divided by the sum of the P50 curve over its steps"),
                 _SOURCE,
             ),
-            (*KEY_COLUMNS, "decode_steps"),
+            (_KEY.name, "decode_steps"),
         ),
         Table(
             "total",
             "How the deviations of prefill and decode from their P50 combine in a total",
             (
-                *_KEYS,
+                _KEY,
                 Column("n", "BIGINT", "Runs behind the figures"),
                 Column(
                     "{q}_correlation",
@@ -163,37 +174,7 @@ TABLES: dict[str, Table] = {
                     "c in sqrt(a^2 + d^2 + 2 c a d), the deviation of {q} of a total; a, d: of prefill and decode",
                 ),
             ),
-            KEY_COLUMNS,
-        ),
-        Table(
-            "prefill_bins",
-            "Prefill latency by bins of prompt length: plain quantiles, to hold the curve against",
-            (
-                *_KEYS,
-                Column("bin", "BIGINT", "Number of the bin, from 0"),
-                Column("least_prompt_tokens", "BIGINT", "Least prompt_tokens in the bin"),
-                Column("largest_prompt_tokens", "BIGINT", "Largest prompt_tokens in the bin"),
-                Column("mean_prompt_tokens", "DOUBLE", "Mean prompt_tokens in the bin"),
-                Column("n", "BIGINT", "Runs"),
-                Column("n_runs", "BIGINT", "Runs that they come from"),
-                Column("{q}_ms", "DOUBLE", "{q} of prefill_ms in the bin (Hyndman-Fan type 7)"),
-            ),
-            (*KEY_COLUMNS, "bin"),
-        ),
-        Table(
-            "decode_bins",
-            "Latency of timed decode steps by bins of KV length: plain quantiles, to hold the curve against",
-            (
-                *_KEYS,
-                Column("bin", "BIGINT", "Number of the bin, from 0"),
-                Column("least_kv_len", "BIGINT", "Least kv_len in the bin"),
-                Column("largest_kv_len", "BIGINT", "Largest kv_len in the bin"),
-                Column("mean_kv_len", "DOUBLE", "Mean kv_len in the bin"),
-                Column("n", "BIGINT", "Timed decode steps"),
-                Column("n_runs", "BIGINT", "Runs that they come from"),
-                Column("{q}_ms", "DOUBLE", "{q} of the steps in the bin (Hyndman-Fan type 7)"),
-            ),
-            (*KEY_COLUMNS, "bin"),
+            (_KEY.name,),
         ),
         Table(
             "output_length",
@@ -209,14 +190,14 @@ TABLES: dict[str, Table] = {
             "quality",
             "Accuracy of the runs that carry one",
             (
-                *_KEYS,
+                _KEY,
                 Column("workload", "VARCHAR", "What the requests were"),
                 Column("n", "BIGINT", "Accepted runs with an accuracy"),
                 Column("accuracy", "DOUBLE", "Mean accuracy"),
                 Column("accuracy_lower", "DOUBLE", "Lower end of its 95 % confidence interval; NULL for one run"),
                 Column("accuracy_upper", "DOUBLE", "Upper end of its 95 % confidence interval; NULL for one run"),
             ),
-            (*KEY_COLUMNS, "workload"),
+            (_KEY.name, "workload"),
         ),
         Table(
             "sources",
@@ -239,7 +220,7 @@ TABLES: dict[str, Table] = {
                 Column("row", "BIGINT", "Place of the run in its source, from 1"),
                 Column("reason", "VARCHAR", "Short name of the reason"),
                 Column("detail", "VARCHAR", "The value at fault and what would be right"),
-                *_KEYS,
+                _KEY,
                 Column("workload", "VARCHAR", "What the request was"),
                 Column("prompt_tokens", "BIGINT", "Prompt length, as far as it could be read"),
                 Column("output_tokens", "BIGINT", "Generated tokens, as far as they could be read"),
@@ -260,3 +241,69 @@ TABLES: dict[str, Table] = {
         ),
     )
 }
+
+
+MOST_KEY_COLUMNS = 8
+# Of the views and of the work that a build does, and what macros, methods and functions call their arguments.
+_TAKEN = {
+    *(
+        "budget_ms",
+        "by",
+        "correlation",
+        "end",
+        "is_first",
+        "key_id",
+        "keys",
+        "margin",
+        "missing",
+        "output",
+        "output_tokens",
+    ),
+    *("p_at_least", "prefill_share", "prompt_tokens_by", "prompt_tokens_column", "q", "quality", "run_hash", "self"),
+    *("start", "stop", "sum_start", "table", "values"),
+}
+_OF_A_QUANTILE = re.compile(
+    r"(prefill_|decode_step_)?p\d+(_\d+)?_(ms|sum_ms|upper_ms|ratio|correlation|start|slope)|key_\d+"
+)
+
+
+def refuse_key_names(names: Sequence[str]) -> None:
+    """Refuse names that cannot be those of key columns.
+
+    Raises
+    ------
+    ConfigError
+        None or too many of them, one twice, or one that has another meaning in a table, in SQL or in Python, in upper
+        or in lower case.
+    """
+    if not 0 < len(names) <= MOST_KEY_COLUMNS:
+        raise ConfigError(f"`key` has {len(names)} columns; a configuration is made of 1 to {MOST_KEY_COLUMNS}")
+    held = {column.name for table in TABLES.values() for column in table.columns} | _TAKEN
+    for place, name in enumerate(names):
+        plain = name.lower()
+        if not name.strip() or not name.isprintable():
+            raise ConfigError(f"`key` names the column {name!r}; it needs a name of printable characters")
+        if plain in (other.lower() for other in names[:place]):
+            raise ConfigError(f"`key` names the column {name} twice, upper and lower case being the same in SQL")
+        if plain in held or _OF_A_QUANTILE.fullmatch(plain):
+            raise ConfigError(
+                f"`key` names the column {name}, a name with a meaning of its own in every table; "
+                f"choose another one, such as my_{name}, and say where it comes from: columns: {{my_{name}: {name}}}"
+            )
+
+
+def stored_key_columns(connection: duckdb.DuckDBPyConnection, prefix: str = "") -> tuple[KeyColumn, ...]:
+    """The key columns of a table, from its own ``meta``.
+
+    Parameters
+    ----------
+    connection : duckdb connection
+        Has the table file open.
+    prefix : str
+        Of its tables, such as ``"parent".``.
+    """
+    row = connection.execute(f"SELECT value FROM {prefix}meta WHERE key = {literal(KEY_COLUMNS)}").fetchone()
+    try:
+        return tuple(KeyColumn(**column) for column in json.loads(row[0] if row else ""))
+    except (TypeError, ValueError) as error:
+        raise TableError(f"table meta: {KEY_COLUMNS} does not name the key columns; {REBUILD}") from error

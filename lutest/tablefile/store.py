@@ -4,46 +4,58 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import duckdb
+import filelock
 
 from lutest.reader.errors import BuildError, TableError
-from lutest.reader.names import LOG_ENDINGS, TEMPORARY_ENDING, quote
+from lutest.reader.export_file import EXPORT_FORMAT
+from lutest.reader.figures import KeyColumn
+from lutest.reader.names import KEY_COLUMNS, LOG_ENDINGS, TEMPORARY_ENDING, literal, quote
 from lutest.reader.seal import write_seal
-from lutest.tablefile.integrity import content_hash, parent_schema, row_counts
 from lutest.tablefile.macros import write_macros
-from lutest.tablefile.schema import STORAGE_VERSION, TABLES, Table
+from lutest.tablefile.schema import STORAGE_VERSION, TABLES, Table, stored_key_columns
+from lutest.tablefile.sql import connect
+from lutest.tablefile.verify import content_hash, parent_schema, row_counts
 
-try:
-    import fcntl
-except ImportError:  # Windows: without advisory locks, the rename alone keeps tables whole
-    fcntl = None  # type: ignore[assignment]
+__all__ = ["RUNS_MARK", "locked", "replacing", "temporary_path", "write_table"]
 
-__all__ = ["locked", "temporary_path", "write_table"]
-
+RUNS_MARK = "KV_METADATA {lutest: 'runs'}"  # option of COPY, by which a Parquet file is known as one of convert's
 _BLOCK_SIZE = 16_384  # small tables: the default of 256 KiB a block would be mostly air
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # file systems without advisory locks
 
 
 @contextlib.contextmanager
-def locked(output: Path) -> Iterator[Path]:
+def locked(output: Path, sources: Iterable[Path] = (), kind: str = "table") -> Iterator[Path]:
     """Hold the lock of an output path, clear what a killed build left beside it, and yield the file to replace.
 
     A link is followed: the file that it points to is replaced, and the link stays.
 
+    Parameters
+    ----------
+    output : Path
+        Where a file comes to stand.
+    sources : iterable of Path
+        The files that it is made from, none of which it may replace.
+    kind : {"table", "runs", "export"}
+        What comes to stand there: a table, runs in Parquet written with `RUNS_MARK`, or an export. Only the like of it
+        is replaced.
+
     Raises
     ------
     BuildError
-        The output cannot be a table file, its folder cannot be written, another build holds the lock, or another
+        Something else stands there or cannot, its folder cannot be written, another build holds the lock, or another
         program has changes of the old table still to write.
     """
-    target = _target(output)
+    target = _target(output, _KINDS[kind], sources)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -55,61 +67,107 @@ def locked(output: Path) -> Iterator[Path]:
         yield target
 
 
-def _target(output: Path) -> Path:
-    if output.name.endswith((TEMPORARY_ENDING, *LOG_ENDINGS)):
-        raise BuildError(f"{output}: the name of a temporary file; name a table file, such as table.duckdb")
+def _is_table(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 256))
+        if b"\nlutest seal " in file.read():  # of any version, whole or damaged
+            return True
+    return _answers(path, "SELECT 1 FROM meta WHERE key = 'lutest_version'")
+
+
+def _is_runs(path: Path) -> bool:
+    query = f"SELECT 1 FROM parquet_kv_metadata({literal(path)}) WHERE key = 'lutest'::BLOB"
+    return _start(path)[:4] == b"PAR1" and _answers(None, query)
+
+
+def _is_export(path: Path) -> bool:
+    return b"".join(_start(path).split()).startswith(f'{{"format":"{EXPORT_FORMAT}"'.replace(" ", "").encode())
+
+
+class _Kind(NamedTuple):
+    """What a verb writes."""
+
+    name: str
+    example: str
+    is_one: Callable[[Path], bool]
+
+
+_KINDS = {
+    "table": _Kind("a lutest table", "table.duckdb", _is_table),
+    "runs": _Kind("runs that `lutest convert` wrote", "runs.parquet", _is_runs),
+    "export": _Kind("an export of a lutest table", "table.json", _is_export),
+}
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4096)
+
+
+def _answers(path: Path | None, query: str) -> bool:
+    """Whether a query on a database, or on none, has a row; not where it cannot be answered."""
     try:
-        mode = output.stat().st_mode
+        with connect(path) if path else duckdb.connect() as connection:
+            return connection.execute(query).fetchone() is not None
+    except (duckdb.Error, TableError):
+        return False
+
+
+def _described(path: Path) -> str:
+    """What stands at a path that is nothing which a verb may replace there."""
+    start = _start(path)
+    for kind in _KINDS.values():
+        if kind.is_one(path):
+            return kind.name
+    if start[8:12] == b"DUCK":
+        return "another DuckDB database"
+    if start[:4] == b"PAR1":
+        return "another Parquet file"
+    if b"\0" in start:
+        return "a file that lutest did not write"
+    return "a JSON file" if start.lstrip()[:1] in (b"{", b"[") else "a text file"
+
+
+def _target(output: Path, kind: _Kind, sources: Iterable[Path]) -> Path:
+    """The file behind an output path, after refusing what may not be replaced."""
+    if output.name.endswith((TEMPORARY_ENDING, *LOG_ENDINGS)):
+        raise BuildError(f"{output}: the name of a temporary file; name {kind.name}, such as {kind.example}")
+    try:
+        status = output.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise BuildError(f"{output}: is a folder; name a file, such as {output / kind.example}")
+        if not stat.S_ISREG(status.st_mode):
+            raise BuildError(f"{output}: is not a regular file, so nothing can take its place")
+        if any(os.path.samefile(source, output) for source in sources if source.exists()):
+            raise BuildError(f"{output}: is one of the sources; name another output")
+        if status.st_size and not kind.is_one(output):
+            raise BuildError(
+                f"{output}: {_described(output)} stands there, not {kind.name}; name another output, or move it away"
+            )
     except FileNotFoundError:
-        mode = stat.S_IFREG
-    except OSError as error:  # links in a circle, a name too long, a file in place of a folder
-        raise BuildError(f"{output}: cannot be a table file: {error.strerror}") from error
-    if stat.S_ISDIR(mode):
-        raise BuildError(f"{output}: is a folder; `output` names the table file, such as {output / 'table.duckdb'}")
-    if not stat.S_ISREG(mode):
-        raise BuildError(f"{output}: is not a regular file, so no table can take its place")
+        pass
+    except OSError as error:  # links in a circle, a name too long, a file in place of a folder, one that cannot be read
+        raise BuildError(f"{output}: cannot be written: {error.strerror}") from error
     return Path(os.path.realpath(output)) if output.is_symlink() else output
 
 
 @contextlib.contextmanager
 def _lock(target: Path) -> Iterator[bool]:
-    """Hold the lock file beside a target; whether that keeps other builds out."""
-    path = target.parent / f".{target.name}.lutest-lock"
-    while True:
+    """Hold the lock file beside a target, which stays; whether that keeps other builds out."""
+    lock = filelock.FileLock(target.parent / f".{target.name}.lutest-lock", timeout=0)
+    with contextlib.ExitStack() as held:
+        alone = True
         try:
-            handle = open(path, "ab")  # noqa: SIM115  closed below, after the lock file is gone
+            held.enter_context(lock)
+        except filelock.Timeout as error:
+            raise BuildError(f"{target}: locked, another build is writing it; try again when it is done") from error
+        except NotImplementedError:  # no locks there; the rename alone keeps tables whole
+            alone = False
         except OSError as error:
-            raise BuildError(f"{target}: cannot write into {target.parent}: {error.strerror}") from error
-        with handle:
-            alone = _take(handle.fileno(), target)
-            if alone and not _is_at(handle.fileno(), path):
-                continue  # the build before removed it between our open and our lock
-            try:
-                yield alone
-            finally:
-                _remove(path)
-            return
-
-
-def _take(descriptor: int, target: Path) -> bool:
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BuildError(f"{target}: locked, another build is writing it; try again when it is done") from error
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return False
-        raise BuildError(f"{target}: cannot be locked: {error.strerror}") from error
-    return True
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:
-        return False
+            if error.errno not in _NO_LOCKS:
+                raise BuildError(f"{target}: cannot write into {target.parent}: {error.strerror}") from error
+            alone = False
+        yield alone
 
 
 def _clear(target: Path) -> None:
@@ -143,11 +201,24 @@ def temporary_path(output: Path) -> Path:
     return output.parent / f".{output.name}.{uuid.uuid4().hex}{TEMPORARY_ENDING}"
 
 
+@contextlib.contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `output` in the end, or is gone where that fails."""
+    temporary = temporary_path(output)
+    try:
+        yield temporary
+        os.replace(temporary, output)
+    finally:
+        for ending in ("", *LOG_ENDINGS):
+            _remove(temporary.with_name(temporary.name + ending))
+
+
 def write_table(
     connection: duckdb.DuckDBPyConnection,
     output: Path,
     relations: Mapping[str, str],
     quantiles: Sequence[float],
+    key_columns: Sequence[KeyColumn],
     meta: Mapping[str, str],
     read_back: Callable[[Path], object],
     parent: Path | None = None,
@@ -164,8 +235,10 @@ def write_table(
         Table of the file → relation of `connection` with its columns.
     quantiles : sequence of float
         Levels that the table holds.
+    key_columns : sequence of KeyColumn
+        What its configurations are made of.
     meta : mapping
-        Rows of ``meta``; the content hash is added.
+        Rows of ``meta``; the key columns and the content hash are added.
     read_back : callable
         Reads the new file as its readers will; whatever it refuses does not replace a table.
     parent : Path, optional
@@ -183,25 +256,23 @@ def write_table(
         The disk is full, the folder is not writable, what was read back is not what was written, or another program
         began to change the old table.
     """
-    temporary = temporary_path(output)
+    described = {**meta, KEY_COLUMNS: json.dumps([column._asdict() for column in key_columns])}
     try:
-        digest, counts = _write(connection, temporary, relations, quantiles, meta, parent)
-        write_seal(temporary)
-        _verify(temporary, digest, counts)
-        read_back(temporary)
-        _sync(temporary)
-        _refuse_log(output)
-        os.replace(temporary, output)
-        _sync(output.parent)
+        with replacing(output) as temporary:
+            digest, counts = _write(connection, temporary, relations, quantiles, key_columns, described, parent)
+            write_seal(temporary)
+            _verify(temporary, digest, counts)
+            read_back(temporary)
+            _sync(temporary)
+            _refuse_log(output)
+        if os.name != "nt":  # where a folder cannot be opened
+            _sync(output.parent)
     except TableError as error:
         raise BuildError(f"{output}: the new table cannot be read, so it did not replace the old: {error}") from error
     except duckdb.Error as error:
         raise BuildError(f"{output}: cannot write the table: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise BuildError(f"{output}: cannot write the table: {error.strerror or error}") from error
-    finally:
-        for ending in ("", *LOG_ENDINGS):
-            _remove(temporary.with_name(temporary.name + ending))
     return digest
 
 
@@ -210,27 +281,28 @@ def _write(
     temporary: Path,
     relations: Mapping[str, str],
     quantiles: Sequence[float],
+    key_columns: Sequence[KeyColumn],
     meta: Mapping[str, str],
     parent: Path | None,
 ) -> tuple[str, dict[str, int]]:
-    path = _quoted(str(temporary))
     home = connection.execute("SELECT current_database(), current_schema()").fetchone()
     assert home is not None
     if parent is not None:
-        connection.execute(f"ATTACH '{_quoted(str(parent))}' AS parent_table (READ_ONLY)")
-    connection.execute(f"ATTACH '{path}' AS new_table (STORAGE_VERSION '{STORAGE_VERSION}', BLOCK_SIZE {_BLOCK_SIZE})")
+        connection.execute(f"ATTACH {literal(parent)} AS parent_table (READ_ONLY)")
+    options = f"STORAGE_VERSION {literal(STORAGE_VERSION)}, BLOCK_SIZE {_BLOCK_SIZE}"
+    connection.execute(f"ATTACH {literal(temporary)} AS new_table ({options})")
     try:
         connection.execute("BEGIN")  # one commit: each would wait for the disk
         for table in TABLES.values():
             # In full: DuckDB 1.2 looks up a bare name in the database that is inserted into.
             source = ".".join(map(quote, (*home, relations[table.name]))) if table.name in relations else None
-            _write_rows(connection, table, quantiles, "new_table.main", source)
+            _write_rows(connection, table, quantiles, key_columns, "new_table.main", source)
         if parent is not None:
             _keep_parent(connection, quantiles)
         for key, value in sorted(meta.items()):
             connection.execute("INSERT INTO new_table.meta VALUES (?, ?)", [key, value])
         connection.execute("USE new_table")
-        write_macros(connection, quantiles)
+        write_macros(connection, quantiles, key_columns)
         connection.execute(f"USE {quote(home[0])}.{quote(home[1])}")
         digest = content_hash(connection, "new_table")
         connection.execute("INSERT INTO new_table.meta VALUES ('content_hash', ?)", [digest])
@@ -251,20 +323,24 @@ def _write(
 
 
 def _write_rows(
-    connection: duckdb.DuckDBPyConnection, table: Table, quantiles: Sequence[float], schema: str, source: str | None
+    connection: duckdb.DuckDBPyConnection,
+    table: Table,
+    quantiles: Sequence[float],
+    key_columns: Sequence[KeyColumn],
+    schema: str,
+    source: str | None,
 ) -> None:
     """Create a table with its comments in a schema, with the rows of `source`."""
-    columns = table.expand(quantiles)
+    columns = table.expand(quantiles, key_columns)
     target = f"{schema}.{quote(table.name)}"
     definitions = ", ".join(f"{quote(column.name)} {column.type}" for column in columns)
     connection.execute(f"CREATE TABLE {target} ({definitions})")
-    connection.execute(f"COMMENT ON TABLE {target} IS '{_quoted(table.comment)}'")
+    connection.execute(f"COMMENT ON TABLE {target} IS {literal(table.comment)}")
     for column in columns:
-        comment = _quoted(column.comment)
-        connection.execute(f"COMMENT ON COLUMN {target}.{quote(column.name)} IS '{comment}'")
+        connection.execute(f"COMMENT ON COLUMN {target}.{quote(column.name)} IS {literal(column.comment)}")
     if source is not None:
         names = ", ".join(quote(column.name) for column in columns)
-        order = ", ".join(quote(name) for name in table.order)
+        order = ", ".join(quote(name) for name in table.ordered_by(key_columns))
         connection.execute(f"INSERT INTO {target} SELECT {names} FROM {source} ORDER BY {order}")
 
 
@@ -277,12 +353,9 @@ def _keep_parent(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[floa
     for place, schema in enumerate(kept, 1):
         target = f"new_table.{parent_schema(place)}"
         connection.execute(f"CREATE SCHEMA {target}")
+        key_columns = stored_key_columns(connection, f"parent_table.{schema}.")
         for table in TABLES.values():
-            _write_rows(connection, table, quantiles, target, f"parent_table.{schema}.{quote(table.name)}")
-
-
-def _quoted(text: str) -> str:
-    return text.replace("'", "''")
+            _write_rows(connection, table, quantiles, key_columns, target, f"parent_table.{schema}.{quote(table.name)}")
 
 
 def _verify(temporary: Path, digest: str, counts: Mapping[str, int]) -> None:
@@ -292,7 +365,7 @@ def _verify(temporary: Path, digest: str, counts: Mapping[str, int]) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows wants a file open for writing
     try:
         os.fsync(descriptor)
     finally:

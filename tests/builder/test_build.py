@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,15 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lutest
 from lutest.builder.build import BuildSummary, build
 from lutest.reader.errors import BuildError, ConfigError, LutestError
-from tests.runs_frame import constant_step_runs, noisy_runs
-
-KEYS = ["tier", "top_k", "num_blocks"]
+from lutest.reader.names import quote
+from tests.conftest import RUNS
+from tests.runs_frame import BOTH_KEYS, DEFAULT_KEY, constant_step_runs, keyed, noisy_runs
 
 
 def _query(path: Path, sql: str) -> pd.DataFrame:
@@ -32,19 +35,20 @@ def _accounts(path: Path) -> pd.DataFrame:
     return accounts
 
 
-@pytest.mark.parametrize("name", ["direct", "subtraction"])
+@pytest.mark.parametrize("name", ["direct", "subtraction", "serving"])
 def test_prefill_quantiles_are_those_of_the_accepted_runs(name: str, request: pytest.FixtureRequest) -> None:
     table: Path = request.getfixturevalue(f"{name}_table")
     runs = _query_runs(request.getfixturevalue(f"{name}_runs"))
     rejected = _query(table, "SELECT row FROM rejected_runs")["row"]
     accepted = runs[~runs["row"].isin(rejected)]
-    assert len(accepted) == _accounts(table)["rows_used"].sum() > 1900
-    prefill = _query(table, "SELECT * FROM prefill").set_index(KEYS)
-    groups = accepted.groupby(KEYS)
+    assert len(accepted) == _accounts(table)["rows_used"].sum() > 1000
+    key = list(lutest.load(table).key_columns)
+    prefill = _query(table, "SELECT * FROM prefill").set_index(key)
+    groups = accepted.groupby(key)
     assert len(groups) == len(prefill)
-    for key, group in groups:
+    for values_of_key, group in groups:
         values = group["prefill_ms"].to_numpy()
-        row = prefill.loc[key]
+        row = prefill.loc[values_of_key]
         assert row["n"] == len(values)
         np.testing.assert_allclose(
             [row["p50_ms"], row["p95_ms"], row["mean_ms"], row["std_ms"]],
@@ -54,13 +58,16 @@ def test_prefill_quantiles_are_those_of_the_accepted_runs(name: str, request: py
         assert (row["min_ms"], row["max_ms"]) == (values.min(), values.max())
 
 
-def test_decode_quantiles_are_those_of_the_timed_steps(direct_table: Path, direct_runs: Path) -> None:
-    runs = _query_runs(direct_runs)
-    accepted = runs[~runs["row"].isin(_query(direct_table, "SELECT row FROM rejected_runs")["row"])]
-    decode = _query(direct_table, "SELECT * FROM decode").set_index(KEYS)
-    for key, group in accepted[accepted["output_tokens"] >= 2].groupby(KEYS):
+@pytest.mark.parametrize("name", ["direct", "serving"])
+def test_decode_quantiles_are_those_of_the_timed_steps(name: str, request: pytest.FixtureRequest) -> None:
+    table: Path = request.getfixturevalue(f"{name}_table")
+    runs = _query_runs(request.getfixturevalue(f"{name}_runs"))
+    accepted = runs[~runs["row"].isin(_query(table, "SELECT row FROM rejected_runs")["row"])]
+    key = list(lutest.load(table).key_columns)
+    decode = _query(table, "SELECT * FROM decode").set_index(key)
+    for values_of_key, group in accepted[accepted["output_tokens"] >= 2].groupby(key):
         steps = np.concatenate(group["decode_steps_ms"].to_list())
-        row = decode.loc[key]
+        row = decode.loc[values_of_key]
         assert (row["n"], row["n_steps"], row["steps"]) == (len(group), len(steps), "timed")
         np.testing.assert_allclose(
             [row["p50_ms"], row["p95_ms"], row["mean_ms"], row["std_ms"]],
@@ -88,17 +95,21 @@ def test_upper_bound_of_p95_is_an_order_statistic(tmp_path: Path) -> None:
     assert _query(enough, "SELECT p95_upper_ms FROM prefill").iat[0, 0] == values[:59].max()
 
 
-def test_constant_steps_from_totals_are_flat(tmp_path: Path) -> None:
-    table = lutest.load(build(runs=constant_step_runs(46.0), output=tmp_path / "t.duckdb").output)
+@pytest.mark.parametrize("key", BOTH_KEYS)
+def test_constant_steps_from_totals_are_flat(tmp_path: Path, key: tuple[str, ...]) -> None:
+    runs = keyed(constant_step_runs(46.0), key)
+    entry = lutest.load(build({"key": list(key)}, runs=runs, output=tmp_path / "t.duckdb").output)["low", 4, 12]
     for kv_len in (101, 120, 150, 163, 400):
-        assert table.decode_step_ms("low", 4, 12, kv_len) == pytest.approx(46.0, rel=1e-6)
+        assert entry.decode_step_ms(kv_len) == pytest.approx(46.0, rel=1e-6)
     for output_tokens in (2, 4, 8, 30, 64):
         expected = 46.0 * (output_tokens - 1)
-        assert table.decode_ms("low", 4, 12, 100, output_tokens) == pytest.approx(expected, rel=1e-6)
+        assert entry.decode_ms(100, output_tokens) == pytest.approx(expected, rel=1e-6)
 
 
-def test_hash_does_not_depend_on_order_files_or_threads(tmp_path: Path) -> None:
-    frame = noisy_runs()
+@pytest.mark.parametrize("key", BOTH_KEYS)
+def test_hash_does_not_depend_on_order_files_or_threads(tmp_path: Path, key: tuple[str, ...]) -> None:
+    config = {"key": list(key)}
+    frame = keyed(noisy_runs(), key)
     frame["decode_steps_ms"] = [str(steps) for steps in frame["decode_steps_ms"]]
     shuffled = frame.sample(frac=1.0, random_state=3)
     parts = {"a": frame.iloc[:50], "b": frame.iloc[50:]}
@@ -109,10 +120,10 @@ def test_hash_does_not_depend_on_order_files_or_threads(tmp_path: Path) -> None:
         names = ("prefill", "prefill_curve", "decode", "decode_curve", "decode_total", "total", "output_length")
         return [_query(summary.output, f"SELECT * FROM {name}") for name in names]
 
-    whole = build(runs=frame, output=tmp_path / "whole.duckdb")
-    first = build(runs=[tmp_path / "a.csv", tmp_path / "b.csv"], output=tmp_path / "1.duckdb")
-    second = build(runs=[tmp_path / "b.csv", tmp_path / "a.csv"], output=tmp_path / "2.duckdb")
-    again = build(runs=shuffled, output=tmp_path / "3.duckdb")
+    whole = build(config, runs=frame, output=tmp_path / "whole.duckdb")
+    first = build(config, runs=[tmp_path / "a.csv", tmp_path / "b.csv"], output=tmp_path / "1.duckdb")
+    second = build(config, runs=[tmp_path / "b.csv", tmp_path / "a.csv"], output=tmp_path / "2.duckdb")
+    again = build(config, runs=shuffled, output=tmp_path / "3.duckdb")
     assert first.content_hash == second.content_hash
 
     def workload(table: pd.DataFrame) -> pd.DataFrame:
@@ -185,12 +196,12 @@ def test_one_token_runs_feed_prefill_only(tmp_path: Path) -> None:
     table = build(runs=pd.concat([frame, ones]), output=tmp_path / "t.duckdb").output
     assert _query(table, "SELECT n FROM prefill").iat[0, 0] == len(frame) + 5
     assert _query(table, "SELECT n FROM decode").iat[0, 0] == len(frame)
-    assert lutest.load(table).decode_step_ms("low", 4, 12, 130) == pytest.approx(46.0, rel=1e-6)
+    assert lutest.load(table)["low", 4, 12].decode_step_ms(130) == pytest.approx(46.0, rel=1e-6)
 
 
 def test_a_table_of_one_token_runs_alone_answers_prefill_and_says_why_it_has_no_decode(tmp_path: Path) -> None:
     frame = pd.DataFrame([_one(output_tokens=1, decode_ms=0.0, prefill_ms=50 + i / 7) for i in range(5)])
-    entry = lutest.load(build(runs=frame, output=tmp_path / "t.duckdb").output).lookup("low", 4, 12)
+    entry = lutest.load(build(runs=frame, output=tmp_path / "t.duckdb").output)["low", 4, 12]
     assert entry.total_ms(100, 1) == entry.prefill_ms(100)
     with pytest.raises(LutestError, match="one token"):
         entry.total_ms(100, 2)
@@ -289,11 +300,11 @@ class TestOutliers:
         summary = build(runs=frame, output=tmp_path / "t.duckdb")
         assert "outlier" not in summary.rejected
         assert summary.n_kept_beyond_fences == slow.sum()
-        table = lutest.load(summary.output)
+        entry = lutest.load(summary.output)["low", 4, 12]
         fresh = self._lognormal(400, seed=9, sigma=0.02)
         fresh.loc[np.random.default_rng(10).random(400) < 0.1, "prefill_ms"] *= 1.5
         below = [
-            ms <= table.prefill_ms("low", 4, 12, int(prompt), 0.95)
+            ms <= entry.prefill_ms(int(prompt), 0.95)
             for ms, prompt in zip(fresh["prefill_ms"], fresh["prompt_tokens"], strict=True)
         ]
         assert 0.92 <= np.mean(below) <= 0.98
@@ -313,10 +324,10 @@ class TestColumnsAndUnits:
             decode_ms=frame["decode_ms"] / 1e3,
             decode_steps_ms=[[step / 1e3 for step in steps] for steps in frame["decode_steps_ms"]],
         )
-        expected = lutest.load(build(runs=frame, output=tmp_path / "ms.duckdb").output)
-        table = lutest.load(build({"time_unit": "s"}, runs=seconds, output=tmp_path / "s.duckdb").output)
+        expected = lutest.load(build(runs=frame, output=tmp_path / "ms.duckdb").output)["low", 4, 12]
+        entry = lutest.load(build({"time_unit": "s"}, runs=seconds, output=tmp_path / "s.duckdb").output)["low", 4, 12]
         for q in (0.5, 0.95):
-            assert table.total_ms("low", 4, 12, 90, 9, q) == pytest.approx(expected.total_ms("low", 4, 12, 90, 9, q))
+            assert entry.total_ms(90, 9, q) == pytest.approx(expected.total_ms(90, 9, q))
 
     def test_fields_sums_and_constants(self, tmp_path: Path) -> None:
         frame = pd.DataFrame({"v": [1.5, 2.5], "l": [10.0, 20.0], "len": [7, 9], "out": [2, 2], "d": [5.0, 6.0]})
@@ -338,13 +349,121 @@ class TestColumnsAndUnits:
         levels = [0.1, 0.5, 0.95, 0.999]
         table = lutest.load(build({"quantiles": levels}, runs=frame, output=tmp_path / "t.duckdb").output)
         assert table.quantiles == tuple(levels)
-        values = [table.total_ms("low", 4, 12, 100, 12, q) for q in levels]
+        values = [table["low", 4, 12].total_ms(100, 12, q) for q in levels]
         assert values == sorted(values)
         assert "p99_9_ms" in _query(Path(table.path), "SELECT * FROM prefill").columns
 
-    def test_edges_for_bins(self, tmp_path: Path) -> None:
-        frame = noisy_runs(keys=[("low", 4, 12)])
-        build({"prompt_bins": [80, 120], "kv_bins": [100]}, runs=frame, output=tmp_path / "t.duckdb")
+
+class TestMixedMachines:
+    """Runs of two models, or on two devices, do not share a figure without anybody having said so."""
+
+    def _files(self, folder: Path, key: tuple[str, ...], **of_b: str | None) -> list[Path]:
+        frame = keyed(noisy_runs(runs_per_key=8).drop(columns="decode_steps_ms"), key)
+        a = frame.head(12).assign(model="llama", device="A100")
+        b = frame.tail(12).assign(**{"model": "llama", "device": "A100", **of_b})
+        paths = [folder / "a.csv", folder / "b.csv"]
+        for path, part in zip(paths, (a, b), strict=True):
+            part.to_csv(path, index=False)
+        return paths
+
+    @pytest.mark.parametrize("key", BOTH_KEYS)
+    def test_refused_in_one_line_that_says_the_ways_out(self, tmp_path: Path, key: tuple[str, ...]) -> None:
+        files = self._files(tmp_path, key, model="qwen", device="H100")
+        output = tmp_path / "t.duckdb"
+        with pytest.raises(BuildError) as error:
+            build({"key": list(key)}, runs=files, output=output)
+        message = str(error.value)
+        assert "\n" not in message
+        for said in ("'llama'", "'qwen'", "'A100'", "'H100'", "a.csv", "b.csv", "--mixed"):
+            assert said in message
+        assert f"`key: [model, {', '.join(key)}]`" in message
+        assert not output.exists()
+
+    def test_a_key_column_tells_them_apart(self, tmp_path: Path) -> None:
+        files = self._files(tmp_path, DEFAULT_KEY, model="qwen", device="H100")
+        output = build({"key": ["model", *DEFAULT_KEY]}, runs=files, output=tmp_path / "t.duckdb").output
+        table = lutest.load(output)
+        assert table.key_columns == ("model", *DEFAULT_KEY)
+        assert {key[0] for key in table.keys} == {"llama", "qwen"}
+        assert "mixed" not in table.meta
+
+    def test_mixed_on_purpose_says_so(self, tmp_path: Path) -> None:
+        files = self._files(tmp_path, DEFAULT_KEY, device="H100")
+        with pytest.raises(BuildError, match=r"2 devices: .*`key: \[device, tier, top_k, num_blocks\]`"):
+            build(runs=files, output=tmp_path / "t.duckdb")
+        table = lutest.load(build(runs=files, output=tmp_path / "t.duckdb", mixed=True).output)
+        assert json.loads(table.meta["mixed"]) == {"model": [], "device": ["A100", "H100"]}
+
+    def test_no_name_beside_a_name_is_one_machine(self, tmp_path: Path) -> None:
+        files = self._files(tmp_path, DEFAULT_KEY, model=None, device=None)
+        table = lutest.load(build(runs=files, output=tmp_path / "t.duckdb", mixed=True).output)
+        assert "mixed" not in table.meta
+
+    def test_the_shipped_runs_of_three_models_on_three_devices(self, tmp_path: Path) -> None:
+        runs = [RUNS / f"{name}.parquet" for name in ("direct", "cpu-preset-later", "cpu-preset-2-threads")]
+        with pytest.raises(BuildError, match=r"2 models: .*; 3 devices: .*`key: \[device, tier, top_k, num_blocks\]`"):
+            build(runs=runs, output=tmp_path / "t.duckdb")
+        with pytest.raises(BuildError, match=r"3 models: .*; 3 devices: .*`key: \[model, device, tier, "):
+            build(runs=[*runs, RUNS / "cpu-wide-preset.parquet"], output=tmp_path / "t.duckdb")
+
+
+def test_a_build_replaces_none_but_tables(tmp_path: Path) -> None:
+    runs = tmp_path / "runs.csv"
+    noisy_runs().to_csv(runs, index=False)
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("On latency")
+    for output in (runs, thesis):
+        before = output.read_bytes()
+        with pytest.raises(LutestError, match=output.name):
+            build(runs=runs, output=output)
+        assert output.read_bytes() == before
+
+
+def test_without_anything_to_build_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"no tables/build\.yaml here; .*`lutest build RUNS… -o TABLE`"):
+        build()
+
+
+def test_arguments_win_over_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "build.yaml"
+    config.write_text("key: [gpu, n_gpus, users]\noutput: elsewhere.duckdb\nsources: [nowhere.csv]\n")
+    frame = keyed(noisy_runs(), BOTH_KEYS[1])
+    summary = build(config, runs=frame, output=tmp_path / "t.duckdb")
+    assert summary.output == tmp_path / "t.duckdb"
+    assert lutest.load(summary.output).key_columns == BOTH_KEYS[1]
+    assert not (tmp_path / "elsewhere.duckdb").exists()
+
+
+_NAMES = ("gpu", "n gpus", 'say "hi"', "größe", "order")
+_VALUES: dict[str, st.SearchStrategy[str | float]] = {
+    "category": st.text("aB1é'\"% -", min_size=1, max_size=4).filter(lambda text: bool(text.strip())),
+    "number": st.integers(1, 300) | st.integers(1, 40).map(lambda n: n / 8),
+}
+
+
+@pytest.mark.parametrize("n_columns", [1, 5])
+@settings(max_examples=5)
+@given(data=st.data())
+def test_keys_of_any_columns(tmp_path_factory: pytest.TempPathFactory, n_columns: int, data: st.DataObject) -> None:
+    names = data.draw(st.permutations(_NAMES))[:n_columns]
+    kinds = {name: data.draw(st.sampled_from(sorted(_VALUES))) for name in names}
+    keys = data.draw(st.sets(st.tuples(*(_VALUES[kinds[name]] for name in names)), min_size=1, max_size=4))
+    rows = [
+        {**_one(prefill_ms=40 + place + i / 7), **dict(zip(names, key, strict=True))}
+        for place, key in enumerate(keys)
+        for i in range(3)
+    ]
+    output = tmp_path_factory.mktemp("keys") / "t.duckdb"
+    path = build({"key": kinds}, runs=pd.DataFrame(rows, dtype=object), output=output).output
+    table = lutest.load(path)
+    assert table.key_columns == tuple(names)
+    assert list(table.keys) == sorted(keys)
+    lookups = ", ".join(f"{quote(name)}" for name in names)
+    stored = _query(path, f"SELECT {lookups}, p50_ms FROM prefill")
+    for place, key in enumerate(keys):
+        assert table[key].prefill_p50_ms == pytest.approx(40 + place + 1 / 7)
+    assert stored["p50_ms"].tolist() == [table[key].prefill_p50_ms for key in table.keys]
 
 
 @pytest.mark.parametrize(
@@ -353,7 +472,8 @@ class TestColumnsAndUnits:
         (lambda folder: {"sources": [str(folder / "empty")], "output": str(folder / "t.duckdb")}, "empty"),
         (lambda folder: {"sources": [str(folder / "nothing*.json")], "output": str(folder / "t.duckdb")}, "nothing"),
         (lambda folder: {"sources": ["x.parquet"], "output": str(folder)}, "folder"),
-        (lambda _: {"sources": ["x.parquet"]}, "output"),
+        (lambda _: {"sources": ["x.parquet"]}, "no output: .*-o table.duckdb"),
+        (lambda folder: {"output": str(folder / "t.duckdb")}, "no runs: .*`sources`"),
     ],
 )
 def test_errors_are_one_line(tmp_path: Path, make: Callable[[Path], dict[str, object]], words: str) -> None:
@@ -397,7 +517,7 @@ def test_a_key_of_clamped_runs_alone_answers_by_what_others_say(tmp_path: Path) 
     clamped = frame.head(3).assign(decode_ms=0.0, num_blocks=16, prefill_ms=[201.1, 202.2, 203.3])
     path = build(runs=pd.concat([frame, clamped]), output=tmp_path / "t.duckdb").output
     assert _query(path, "SELECT n_clamped, mean_ms > 0 FROM decode").to_numpy().tolist() == [[0, True], [3, True]]
-    assert lutest.load(path).decode_step_ms("low", 4, 16, 130) > 0
+    assert lutest.load(path)["low", 4, 16].decode_step_ms(130) > 0
 
 
 def test_names_beyond_ascii_are_read_back_as_written(tmp_path: Path) -> None:
@@ -405,7 +525,7 @@ def test_names_beyond_ascii_are_read_back_as_written(tmp_path: Path) -> None:
     frame = noisy_runs(runs_per_key=12)
     frame["workload"] = [workloads[i % 4] for i in range(len(frame))]
     path = build(runs=frame, output=tmp_path / "t.duckdb").output
-    assert lutest.load(path, verify=True).output_lengths.keys() == set(workloads)
+    assert lutest.load(path).output_lengths.keys() == set(workloads)
 
 
 def test_one_key_that_dwarfs_the_others_leaves_figures_finite(tmp_path: Path) -> None:
@@ -421,7 +541,7 @@ def test_one_key_that_dwarfs_the_others_leaves_figures_finite(tmp_path: Path) ->
     ]
     frame = pd.DataFrame(rows, columns=names)
     table = lutest.load(build({"cleaning": {"outliers": "none"}}, runs=frame, output=tmp_path / "t.duckdb").output)
-    assert 0 < table.total_ms("x", 4, 12, 100, 5, 0.5) <= table.total_ms("x", 4, 12, 100, 5, 0.95) < float("inf")
+    assert 0 < table["x", 4, 12].total_ms(100, 5, 0.5) <= table["x", 4, 12].total_ms(100, 5, 0.95) < float("inf")
 
 
 # One run of most configurations: a fit with a level for each left no variance, and blew its quantiles up to infinity.

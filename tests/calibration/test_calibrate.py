@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 import lutest
 from lutest.calibration.maps import IDENTITY, KeyMaps, StageMap, mapped_figures, mapped_key
 from lutest.cli.main import main
-from lutest.reader.figures import Key
-from lutest.tablefile.integrity import content_hash
+from lutest.tablefile.verify import content_hash
 from tests.conftest import RUNS
 from tests.synthetic import make_figures
 
@@ -47,7 +46,7 @@ def calibrated(parent: Path, wide_runs: pd.DataFrame) -> Path:
 
 def ape(table: lutest.LatencyTable, runs: pd.DataFrame, stage: str) -> float:
     """Median absolute percentage error of P50."""
-    ids = table.key_ids(runs["tier"].to_numpy(), runs["top_k"].to_numpy(), runs["num_blocks"].to_numpy())
+    ids = table.batch.key_ids(*(runs[name].to_numpy() for name in table.key_columns))
     prompts, outputs = runs["prompt_tokens"].to_numpy(), runs["output_tokens"].to_numpy()
     predicted = (
         table.batch.prefill_ms(ids, prompts) if stage == "prefill" else table.batch.total_ms(ids, prompts, outputs)
@@ -57,7 +56,8 @@ def ape(table: lutest.LatencyTable, runs: pd.DataFrame, stage: str) -> float:
 
 
 def test_fifty_runs_carry_a_table_to_a_wider_model(parent: Path, calibrated: Path, wide_runs: pd.DataFrame) -> None:
-    old, new = lutest.load(parent), lutest.load(calibrated, verify=True)
+    lutest.verify(calibrated)
+    old, new = lutest.load(parent), lutest.load(calibrated)
     for stage in ("prefill", "total"):
         assert ape(old, wide_runs, stage) > 0.25
         assert ape(new, wide_runs, stage) < 0.04
@@ -79,12 +79,10 @@ def test_a_factor_on_all_latencies_is_found_by_ten_runs(parent: Path, old_runs: 
 def test_one_run_without_decode_is_enough_and_leaves_decode_alone(parent: Path, tmp_path: Path) -> None:
     run = pd.DataFrame([("low", 4, 12, 100, 1, 300.0, 0.0)], columns=COLUMNS)
     done = lutest.calibrate(parent, run, tmp_path / "new.duckdb")
-    old, new = lutest.load(parent), lutest.load(done.output)
+    old, new = (lutest.load(path)["low", 4, 12] for path in (parent, done.output))
     assert done.decode is None
-    assert new.prefill_ms("low", 4, 12, 100) == pytest.approx(300.0, rel=0.01)
-    assert new.decode_ms("low", 4, 12, 100, 9, 0.95) == pytest.approx(
-        old.decode_ms("low", 4, 12, 100, 9, 0.95), rel=1e-9
-    )
+    assert new.prefill_ms(100) == pytest.approx(300.0, rel=0.01)
+    assert new.decode_ms(100, 9, 0.95) == pytest.approx(old.decode_ms(100, 9, 0.95), rel=1e-9)
 
 
 def test_clamped_decode_and_wild_runs_do_not_carry_it_away(
@@ -122,7 +120,7 @@ def test_the_file_says_calibrated_and_keeps_its_parent(parent: Path, calibrated:
     assert len(maps) == 27
     assert "hidden 256" in meta["model"]
     table = lutest.load(calibrated)
-    first = next(held for held in maps if (held["tier"], held["top_k"], held["num_blocks"]) == tuple(table.keys[0]))
+    first = next(held for held in maps if tuple(held["key"]) == table.keys[0])
     old = lutest.load(parent).figures.keys[0].prefill_curve.values_ms[0]
     new = table.figures.keys[0].prefill_curve.values_ms[0]
     stage = first["prefill"]
@@ -133,8 +131,8 @@ def test_the_file_says_calibrated_and_keeps_its_parent(parent: Path, calibrated:
 def test_entries_explain_themselves_as_calibrated(calibrated: Path) -> None:
     table = lutest.load(calibrated, missing="interpolate")
     assert table["low", 4, 12].source == "calibrated"
-    assert table.explain("low", 4, 12, 100, 8, 0.95).total.source == "calibrated"
-    assert table.explain("low", 4, 12, 10_000, 8).total.source == "extrapolated"
+    assert table["low", 4, 12].explain(100, 8, 0.95).total.source == "calibrated"
+    assert table["low", 4, 12].explain(10_000, 8).total.source == "extrapolated"
     assert table.lookup("low", 5, 13).source == "interpolated"
 
 
@@ -144,7 +142,7 @@ def test_sql_gives_the_same_numbers(calibrated: Path) -> None:
         for key in table.keys[::5]:
             found = connection.execute("SELECT total_ms(?, ?, ?, 90, 7, 0.95)", list(key)).fetchone()
             assert found is not None
-            assert found[0] == pytest.approx(table.total_ms(*key, 90, 7, 0.95), rel=1e-9)
+            assert found[0] == pytest.approx(table[key].total_ms(90, 7, 0.95), rel=1e-9)
 
 
 def test_the_same_runs_give_the_same_table(parent: Path, wide_runs: pd.DataFrame, tmp_path: Path) -> None:
@@ -162,7 +160,7 @@ def test_a_calibrated_table_is_calibrated_again_with_all_its_parents(
     parent: Path, calibrated: Path, old_runs: pd.DataFrame, tmp_path: Path
 ) -> None:
     done = lutest.calibrate(calibrated, old_runs.sample(40, random_state=4), tmp_path / "back.duckdb")
-    lutest.load(done.output, verify=True)
+    lutest.verify(done.output)
     with duckdb.connect(str(done.output), read_only=True) as connection:
         first = content_hash(connection, "parent_2")
     assert first == lutest.load(parent).meta["content_hash"]
@@ -175,7 +173,7 @@ def test_a_changed_parent_inside_the_file_is_noticed(calibrated: Path, tmp_path:
     with duckdb.connect(str(copy)) as connection:
         connection.execute("UPDATE parent.prefill SET p50_ms = p50_ms * 2")
     with pytest.raises(lutest.TableError):
-        lutest.load(copy, verify=True)
+        lutest.verify(copy)
 
 
 def test_the_commands(
@@ -241,8 +239,8 @@ def test_a_pure_scale_scales_every_answer() -> None:
     twice = StageMap(scale=2.0)
     maps = {held.key: KeyMaps(twice, twice, IDENTITY) for held in figures.keys}
     old, new = lutest.LatencyTable(figures), lutest.LatencyTable(mapped_figures(figures, maps))
-    key = Key("low", 8, 16)
+    before, after = old["low", 8, 16], new["low", 8, 16]
     for q in figures.quantiles:
         for prompt in (None, 3, 95, 700):
-            assert new.total_ms(*key, prompt, 9, q) == pytest.approx(2 * old.total_ms(*key, prompt, 9, q), rel=1e-9)
+            assert after.total_ms(prompt, 9, q) == pytest.approx(2 * before.total_ms(prompt, 9, q), rel=1e-9)
     assert replace(new.figures.keys[0], source="measured") != old.figures.keys[0]

@@ -54,7 +54,7 @@ def test_nothing_is_corrected_before_enough_samples(
     calibrator = lutest.OnlineCalibrator(table, min_samples=20)
     feed(calibrator, observations[:19], 2.0, 2.0)
     assert calibrator.overall() == (1.0, 1.0)
-    assert calibrator.total_ms(*KEY, 100, 8, 0.95) == table.total_ms(*KEY, 100, 8, 0.95)
+    assert calibrator[KEY] is table[KEY]
     feed(calibrator, observations[19:20], 2.0, 2.0)
     assert calibrator.overall().prefill == pytest.approx(2.0, rel=0.05)
 
@@ -65,24 +65,65 @@ def test_each_stage_follows_its_own_factor(table: lutest.LatencyTable, observati
     factors = calibrator.factors(*KEY)
     assert factors.prefill == pytest.approx(1.5, rel=0.03)
     assert factors.decode == pytest.approx(0.7, rel=0.03)
+    entry, old = calibrator[KEY], table[KEY]
     for q in (0.5, 0.95):
-        assert calibrator.prefill_ms(*KEY, 100, q) == pytest.approx(
-            table.prefill_ms(*KEY, 100, q) * factors.prefill, rel=2e-3
-        )
-        assert calibrator.decode_ms(*KEY, 100, 9, q) == pytest.approx(
-            table.decode_ms(*KEY, 100, 9, q) * factors.decode, rel=2e-3
-        )
-        assert calibrator.decode_step_ms(*KEY, 100, q) == pytest.approx(
-            table.decode_step_ms(*KEY, 100, q) * factors.decode, rel=2e-3
-        )
+        assert entry.prefill_ms(100, q) == pytest.approx(old.prefill_ms(100, q) * factors.prefill, rel=2e-3)
+        assert entry.decode_ms(100, 9, q) == pytest.approx(old.decode_ms(100, 9, q) * factors.decode, rel=2e-3)
+        assert entry.decode_step_ms(100, q) == pytest.approx(old.decode_step_ms(100, q) * factors.decode, rel=2e-3)
+    assert old.total_ms(100, 9) == lutest.LatencyTable(table.figures)[KEY].total_ms(100, 9)
+
+
+def test_a_corrected_entry_has_all_verbs_and_says_so(
+    table: lutest.LatencyTable, observations: list[Observation]
+) -> None:
+    calibrator = lutest.OnlineCalibrator(table)
+    feed(calibrator, observations[:600], 1.5, 0.7)
     entry = calibrator[KEY]
+    assert entry is calibrator.lookup(*KEY)
+    assert entry is calibrator.lookup(num_blocks=12, top_k=4, tier="low")
     assert entry.source == "calibrated"
-    budget_ms = entry.total_ms(100, 12, 0.95)
-    assert calibrator.max_output_tokens(*KEY, budget_ms, 100, 0.95) == 12
-    snapshot = calibrator.snapshot()
-    assert snapshot.total_ms(*KEY, 100, 9, 0.95) == pytest.approx(calibrator.total_ms(*KEY, 100, 9, 0.95), rel=5e-3)
-    assert calibrator.feasible(200.0, 100, 8) == snapshot.feasible(200.0, 100, 8)
-    assert table.total_ms(*KEY, 100, 9) == lutest.LatencyTable(table.figures).total_ms(*KEY, 100, 9)
+    assert entry.max_output_tokens(entry.total_ms(100, 12, 0.95), 100) == 12
+    explained = entry.explain(100, 9, 0.95)
+    for part in (explained.prefill, explained.decode_step, explained.decode, explained.total):
+        assert part is not None
+        assert part.source == "calibrated"
+    corrected = calibrator.corrected()
+    twin = corrected[KEY]
+    assert twin.source == "calibrated"
+    for one, other in (
+        (entry.total_ms(100, 9, 0.95), twin.total_ms(100, 9, 0.95)),
+        (entry.expected_total_ms(100), twin.expected_total_ms(100)),
+        (entry.p_within(150.0, 100), twin.p_within(150.0, 100)),
+    ):
+        assert one == pytest.approx(other, rel=5e-3)
+    feasible = [key for key in table.keys if calibrator[key].total_ms(100, 8, 0.95) <= 200.0]
+    assert corrected.feasible(200.0, 100, 8) == feasible
+    assert 0 < len(feasible) < len(table.keys)
+
+
+def test_an_entry_is_kept_until_the_factors_move(table: lutest.LatencyTable, observations: list[Observation]) -> None:
+    calibrator = lutest.OnlineCalibrator(table, half_life=1e6)
+    feed(calibrator, observations[:600], 1.5, 0.7)
+    entry = calibrator[KEY]
+    feed(calibrator, observations[600:601], 1.5, 0.7)
+    assert calibrator[KEY] is entry
+    feed(calibrator, observations[600:1600], 2.5, 0.7)
+    assert calibrator[KEY].prefill_ms(100) > 1.05 * entry.prefill_ms(100)
+
+
+def test_a_configuration_that_was_filled_in_follows_all_and_keeps_its_source(
+    path: Path, observations: list[Observation]
+) -> None:
+    table = lutest.load(path, missing="interpolate")
+    calibrator = lutest.OnlineCalibrator(table)
+    feed(calibrator, observations[:300], 1.5, 1.5)
+    key = ("low", 5, 12)
+    calibrator.observe(key, 100, 8, 1.5 * table[key].prefill_ms(100), 1.5 * table[key].decode_ms(100, 8))
+    assert calibrator.factors(*key) == calibrator.overall()
+    assert calibrator[key].source == table[key].source == "interpolated"
+    expected = table[key].prefill_ms(100, 0.95) * calibrator.overall().prefill
+    assert calibrator[key].prefill_ms(100, 0.95) == pytest.approx(expected, rel=1e-9)
+    assert calibrator.corrected()[key].prefill_ms(100, 0.95) == pytest.approx(expected, rel=0.05)
 
 
 def test_a_configuration_that_differs_gets_a_factor_of_its_own(
@@ -169,7 +210,7 @@ def test_state_survives_json_and_pickle(table: lutest.LatencyTable, observations
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"format": "other"}', "null", '{"format": "lutest online calibration 1", "half_life": "x"}'],
+    ["", "[]", "{}", '{"format": "other"}', "null", '{"format": "lutest online calibration 2", "half_life": "x"}'],
 )
 def test_what_is_no_state_is_refused(table: lutest.LatencyTable, text: str) -> None:
     with pytest.raises(lutest.ArgumentError):
@@ -196,6 +237,7 @@ def test_a_state_of_another_table_is_refused(table: lutest.LatencyTable, observa
         ((KEY, 10, 3, 10.0, -1.0), "decode_ms"),
         ((KEY, 10, 3, 10.0, nan), "decode_ms"),
         ((KEY, 10, 1, 10.0, 10.0), "decode_ms"),
+        ((KEY, 10, 3, 10.0, None), "decode_ms"),
         ((KEY, 10, 3, "10", 10.0), "prefill_ms"),
     ],
 )
@@ -217,10 +259,10 @@ def test_unknown_configurations_are_refused(table: lutest.LatencyTable) -> None:
         calibrator.factors("low", 5, 12)
 
 
-def test_lengths_beyond_the_views_and_indices_of_tiers_count_alike(table: lutest.LatencyTable) -> None:
+def test_lengths_beyond_all_that_was_measured_count_alike(table: lutest.LatencyTable) -> None:
     calibrator = lutest.OnlineCalibrator(table, min_samples=1)
-    far = 10**6
-    calibrator.observe((0, 4, 12), far, 3, 2.0 * table.prefill_ms(*KEY, far), 3.0 * table.decode_ms(*KEY, far, 3))
+    far, entry = 10**6, table[KEY]
+    calibrator.observe(KEY, far, 3, 2.0 * entry.prefill_ms(far), 3.0 * entry.decode_ms(far, 3))
     assert calibrator.factors(*KEY) == pytest.approx((2.0, 3.0), rel=0.01)
 
 
@@ -229,13 +271,13 @@ def test_clamped_decode_counts_as_the_least(table: lutest.LatencyTable, observat
     feed(calibrator, observations[:300])
     before = calibrator.overall().decode
     for _ in range(5):
-        calibrator.observe(KEY, 100, 8, table.prefill_ms(*KEY, 100), 0.0)
+        calibrator.observe(KEY, 100, 8, table[KEY].prefill_ms(100), 0.0)
     assert 0.95 * before < calibrator.overall().decode <= before
 
 
 def test_a_configuration_without_decode_takes_prefill() -> None:
     calibrator = lutest.OnlineCalibrator(lutest.LatencyTable(make_figures()), min_samples=1)
-    calibrator.observe(NO_DECODE, 500, 3, 2.0 * calibrator.table.prefill_ms(*NO_DECODE, 500), 50.0)
+    calibrator.observe(NO_DECODE, 500, 3, 2.0 * calibrator.table[NO_DECODE].prefill_ms(500), 50.0)
     assert calibrator.factors(*NO_DECODE) == pytest.approx((2.0, 1.0), rel=0.01)
 
 
@@ -244,12 +286,14 @@ def test_drift_is_told_and_its_absence(table: lutest.LatencyTable, observations:
     for number in range(20):
         calibrator = lutest.OnlineCalibrator(table)
         feed(calibrator, observations[number * 150 : (number + 1) * 150])
-        alarms += not calibrator.drift().holds
+        alarms += not calibrator.check().holds
     assert alarms <= 1
     feed(calibrator, observations[:150], 1.2)
-    drift = calibrator.drift()
-    assert {test.coverage.stage for test in drift.alarms} == {"prefill"}
-    assert drift.as_dict()["holds"] is False
+    check = calibrator.check()
+    assert {test.coverage.stage for test in check.alarms} == {"prefill"}
+    held = check.as_dict()
+    assert held["holds"] is False
+    assert {"tier": "low", "top_k": 4, "num_blocks": 12} in [test["key"] for test in held["tests"]]
 
 
 def test_the_correction_is_written_back_as_a_table(
@@ -258,13 +302,12 @@ def test_the_correction_is_written_back_as_a_table(
     calibrator = lutest.OnlineCalibrator(table)
     feed(calibrator, observations[:500], 1.3, 1.1)
     done = lutest.calibrate(path, calibrator, tmp_path / "corrected.duckdb")
-    back = lutest.load(done.output, verify=True)
+    lutest.verify(done.output)
+    back, corrected = lutest.load(done.output), calibrator.corrected()
     assert back["low", 4, 12].source == "calibrated"
     assert back.meta["parent_content_hash"] == table.meta["content_hash"]
     for key in table.keys[::6]:
-        assert back.total_ms(*key, 100, 9, 0.95) == pytest.approx(
-            calibrator.snapshot().total_ms(*key, 100, 9, 0.95), rel=1e-9
-        )
+        assert back[key].total_ms(100, 9, 0.95) == pytest.approx(corrected[key].total_ms(100, 9, 0.95), rel=1e-9)
     with pytest.raises(lutest.ArgumentError, match="content hash"):
         lutest.calibrate(done.output, calibrator, tmp_path / "again.duckdb")
 

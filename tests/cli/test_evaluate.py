@@ -19,14 +19,6 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return code, printed.out, printed.err
 
 
-@pytest.mark.parametrize("command", ["evaluate", "diagnose"])
-def test_help_has_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main([command, "--help"])
-    assert exit_.value.code == 0
-    assert f"example:\n  lutest {command} " in capsys.readouterr().out
-
-
 def test_evaluate_prints_figures_and_warnings(
     capsys: pytest.CaptureFixture[str], direct_table: Path, direct_runs: Path
 ) -> None:
@@ -64,7 +56,7 @@ def test_configuration_gives_columns(capsys: pytest.CaptureFixture[str], tmp_pat
     rows += [f"low,4,12,100,{n},{0.2 + n / 1e4},{0.046 * (n - 1)}" for n in range(2, 40)]
     (tmp_path / "runs.csv").write_text("\n".join(rows))
     (tmp_path / "build.yaml").write_text(
-        "sources: runs.csv\noutput: table.duckdb\ntime_unit: s\n"
+        "time_unit: s\n"
         "columns: {tier: size, top_k: k, num_blocks: blocks, prompt_tokens: prompt, output_tokens: tokens, "
         "prefill_ms: ttft, decode_ms: rest}\n"
     )

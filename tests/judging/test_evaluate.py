@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,12 +16,11 @@ import pytest
 from lutest import load
 from lutest.builder.build import build
 from lutest.cli.judging import render_evaluation
-from lutest.judging.evaluate import evaluate
-from lutest.judging.evaluation import BANDS, Evaluation, Score
+from lutest.judging.evaluate import BANDS, Evaluation, Score, evaluate
 from lutest.reader.errors import SourceError
 from lutest.reader.figures import Key
 from lutest.runs.convert import convert
-from tests.runs_frame import noisy_runs
+from tests.runs_frame import BOTH_KEYS, keyed, noisy_runs
 
 KEYS = (("low", 4, 12), ("low", 8, 12), ("high", 4, 12))
 
@@ -34,6 +34,12 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fresh() -> pd.DataFrame:
     return noisy_runs(KEYS, runs_per_key=80, seed=2).assign(device="desk", model="small")
+
+
+@pytest.fixture(scope="module")
+def own_table(tmp_path_factory: pytest.TempPathFactory, fresh: pd.DataFrame) -> Path:
+    """A table built from the very runs that it is judged by."""
+    return build(runs=fresh, output=tmp_path_factory.mktemp("own") / "own.duckdb").output
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +78,7 @@ def loop(table: Path, runs: pd.DataFrame, stage: str, q: float) -> tuple[list[fl
     ("group", "chosen"),
     [
         ({}, lambda runs: runs),
-        ({"key": Key("high", 4, 12)}, lambda runs: runs[runs["tier"] == "high"]),
+        ({"key": ("high", 4, 12)}, lambda runs: runs[runs["tier"] == "high"]),
         ({"output_tokens": "3–5"}, lambda runs: runs[runs["output_tokens"].between(3, 5)]),
         ({"output_tokens": "11–20"}, lambda runs: runs[runs["output_tokens"].between(11, 20)]),
     ],
@@ -94,6 +100,21 @@ def test_figures_equal_those_of_a_loop(
     assert score.coverage[0.95] == pytest.approx(np.mean([o <= p for o, p in zip(observed, p95, strict=True)]))
     losses = [max(0.95 * (o - p), 0.05 * (p - o)) for o, p in zip(observed, p95, strict=True)]
     assert score.pinball_ms[0.95] == pytest.approx(np.mean(losses))
+
+
+def test_figures_do_not_depend_on_the_names_of_key_columns(
+    tmp_path: Path, fresh: pd.DataFrame, judged: Evaluation
+) -> None:
+    key = BOTH_KEYS[1]
+    runs = keyed(noisy_runs(KEYS, runs_per_key=80, seed=1).assign(device="desk", model="small"), key)
+    renamed = runs.rename(columns={"users": "clients"})
+    config = {"key": list(key), "columns": {"users": "clients"}}
+    built = build(config, runs=renamed, output=tmp_path / "table.duckdb").output
+    evaluation = evaluate(built, keyed(fresh, key).rename(columns={"users": "clients"}))  # read as the table was built
+    assert evaluation.overall == judged.overall
+    assert evaluation.by_key == judged.by_key
+    first = evaluation.as_dict()["by_key"][0]
+    assert [first[name] for name in key] == list(evaluation.by_key[0].key or ())
 
 
 def test_groups_add_up_to_the_whole(judged: Evaluation) -> None:
@@ -127,23 +148,22 @@ def test_fresh_runs_of_the_same_kind_give_no_warning(judged: Evaluation) -> None
     assert judged.left_out == {}
 
 
-def test_own_runs_are_told_by_their_digest(tmp_path: Path, fresh: pd.DataFrame) -> None:
-    built = build(runs=fresh, output=tmp_path / "own.duckdb").output
-    (warning,) = evaluate(built, fresh).warnings
+def test_own_runs_are_told_by_their_digest(own_table: Path, fresh: pd.DataFrame) -> None:
+    (warning,) = evaluate(own_table, fresh).warnings
     assert "240 of 240 runs" in warning
     assert "built from" in warning
 
 
-def test_own_runs_are_told_after_a_conversion_too(tmp_path: Path, fresh: pd.DataFrame) -> None:
-    built = build(runs=fresh, output=tmp_path / "own.duckdb").output
+def test_own_runs_are_told_after_a_conversion_too(own_table: Path, tmp_path: Path, fresh: pd.DataFrame) -> None:
     convert(fresh.drop(columns="model"), tmp_path / "runs.parquet")
-    (warning,) = evaluate(built, tmp_path / "runs.parquet").warnings
+    (warning,) = evaluate(own_table, tmp_path / "runs.parquet").warnings
     assert "the table was built from some of these very runs" in warning
 
 
 def test_halves_of_one_set_are_not_taken_for_each_other(tmp_path: Path, direct_frame: pd.DataFrame) -> None:
-    built = build(runs=direct_frame.iloc[::2], output=tmp_path / "half.duckdb").output
-    evaluation = evaluate(built, direct_frame.iloc[1::2])
+    runs = direct_frame[direct_frame["top_k"] == 4]
+    built = build(runs=runs.iloc[::2], output=tmp_path / "half.duckdb").output
+    evaluation = evaluate(built, runs.iloc[1::2])
     assert evaluation.warnings == ()
     assert score_of(evaluation, "decode total").r_squared > 0.95
     assert 0.85 < score_of(evaluation, "total").coverage[0.95] < 0.99
@@ -157,10 +177,12 @@ def test_another_device_or_model_is_named(table: Path, fresh: pd.DataFrame) -> N
     assert evaluate(table, fresh.drop(columns=["device", "model"])).warnings == ()
 
 
-def test_a_table_without_its_file_says_that_it_cannot_tell(tmp_path: Path, fresh: pd.DataFrame) -> None:
-    built = build(runs=fresh, output=tmp_path / "gone.duckdb").output
-    held = load(built)
-    built.unlink()
+def test_a_table_without_its_file_says_that_it_cannot_tell(
+    own_table: Path, tmp_path: Path, fresh: pd.DataFrame
+) -> None:
+    copy = Path(shutil.copy(own_table, tmp_path))
+    held = load(copy)
+    copy.unlink()
     (warning,) = evaluate(held, fresh).warnings
     assert "not known" in warning
 
@@ -212,14 +234,14 @@ def test_a_configuration_without_decode_figures_is_judged_by_prefill_and_one_tok
     one = fresh.assign(output_tokens=1, decode_ms=0.0, decode_steps_ms=[[] for _ in range(len(fresh))])
     built = build(runs=pd.concat([fresh[low], one[~low]]), output=tmp_path / "half.duckdb").output
     evaluation = evaluate(built, noisy_runs(KEYS, runs_per_key=40, seed=3))
-    high = [score for score in evaluation.by_key if score.key == Key("high", 4, 12)]
+    high = [score for score in evaluation.by_key if score.key == ("high", 4, 12)]
     assert [score.stage for score in high] == ["prefill", "total"]
     assert high[0].n == 40
     assert 0 < high[1].n < 10
 
 
 def test_runs_of_no_known_configuration_are_an_error_that_names_both_sides(table: Path, fresh: pd.DataFrame) -> None:
-    with pytest.raises(SourceError, match=r"240 configuration not in the table.*'low', 99, 12.*'low', 4, 12"):
+    with pytest.raises(SourceError, match=r"240 configuration not in the table.*99.*top_k=4"):
         evaluate(table, fresh.assign(top_k=99))
     with pytest.raises(SourceError, match="240 negative_value"):
         evaluate(table, fresh.assign(prefill_ms=-1.0))
@@ -238,7 +260,7 @@ def test_as_dict_is_json_without_nan(table: Path, judged: Evaluation) -> None:
     content = json.loads(json.dumps(judged.as_dict(), allow_nan=False))
     assert content["n_runs"] == 240
     assert content["overall"][0]["coverage"].keys() == {"p50", "p95"}
-    assert content["by_key"][0]["tier"] == "low"
+    assert content["by_key"][0]["tier"] == "high"
     assert content["by_output_tokens"][0]["output_tokens"] == "1"
     single = evaluate(table, noisy_runs(KEYS[:1], runs_per_key=1, seed=4)).as_dict()
     assert single["overall"][0]["r_squared"] is None

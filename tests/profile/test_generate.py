@@ -10,7 +10,8 @@ from typing import Any
 import duckdb
 import pytest
 
-from lutest.profile import Recorder, record_generate
+from lutest.profile.generate import record_generate
+from lutest.profile.recorder import Recorder
 from lutest.reader.errors import ArgumentError
 
 KEY = ("low", 2, 4)

@@ -16,7 +16,7 @@ from unittest import mock
 import duckdb
 
 from lutest.builder.build import build
-from lutest.profile import Recorder
+from lutest.profile.recorder import Recorder
 from tests.children import run_child
 
 KEYS = [(tier, top_k, 12) for tier in ("low", "medium", "high") for top_k in (4, 8)]

@@ -9,8 +9,7 @@ import duckdb
 import pytest
 
 from lutest.cli.main import main
-from lutest.profile.output_lengths import parse_output_lengths
-from lutest.profile.presets import PRESETS
+from lutest.profile.presets import PRESETS, parse_output_lengths
 from lutest.reader.errors import ArgumentError, TableError
 
 

@@ -14,9 +14,10 @@ import duckdb
 import pytest
 import yaml
 
+import lutest
 from lutest.builder.build import build
-from lutest.profile import Recorder, Run
-from lutest.profile.recorder import interleave, measure_step_overhead
+from lutest.profile.recorder import Recorder, interleave, measure_step_overhead
+from lutest.profile.run import Run
 from lutest.reader.errors import ArgumentError, BuildError, ConfigError, SourceError
 
 KEYS = [(tier, top_k, num_blocks) for tier in ("low", "high") for top_k in (4, 8) for num_blocks in (12, 16)]
@@ -35,7 +36,7 @@ class StandStillClock:
         return [mark - marks[0] for mark in marks]
 
 
-def record(recorder: Recorder, key: tuple[str, int, int], steps: int = 2, **options: Any) -> Run:
+def record(recorder: Recorder, key: Any, steps: int = 2, **options: Any) -> Run:
     """One run without any work in it."""
     with recorder.run(key, **{"prompt_tokens": 40, **options}) as run:
         with run.prefill():
@@ -171,7 +172,7 @@ def test_the_manifest_tells_of_every_session(tmp_path: Path) -> None:
                 record(recorder, ("low", 4, 12))
                 record(recorder, ("low", 4, 12), warmup=True)
     manifest = yaml.safe_load((tmp_path / "profile.yaml").read_text(encoding="utf-8"))
-    assert manifest["settings"] == {"model": "a model", "seed": 7}
+    assert manifest["settings"] == {"key_columns": ["tier", "top_k", "num_blocks"], "model": "a model", "seed": 7}
     sessions = manifest["sessions"]
     assert [(session["runs"], session["warmup_runs"]) for session in sessions] == [(1, 1), (2, 2)]
     assert sessions[0]["session"] != sessions[1]["session"]
@@ -231,6 +232,43 @@ def test_a_session_goes_on_where_another_stopped(tmp_path: Path) -> None:
         assert len(recorder.plan(KEYS, 4, seed=5)) == len(KEYS)
     found = Counter((row["tier"], row["top_k"], row["num_blocks"], row["sample_id"]) for row in rows_of(tmp_path))
     assert found == Counter({(*key, sample_id): 1 for key, sample_id in plan})
+
+
+def test_a_configuration_is_of_the_columns_that_are_named(tmp_path: Path) -> None:
+    keys = [("H100", 1, 0.5), ("H100", 2, 0.5), ("A100", 2, 1)]
+    options: dict[str, Any] = {"model": "a model", "key_columns": ("gpu", "users", "rate")}
+    with Recorder(tmp_path / "runs", **options) as recorder:
+        for key, sample_id in recorder.plan(keys, 4)[:7]:
+            record(recorder, key, sample_id=sample_id)
+        for wrong in (
+            ("H100", 1),
+            ("H100", "one", 0.5),
+            (100, 1, 0.5),
+            ("", 1, 0.5),
+            ("H100", 1, None),
+            ["H100", 1, 1],
+        ):
+            with pytest.raises(ArgumentError, match=r"is no configuration|another run"):
+                record(recorder, wrong)
+    with Recorder(tmp_path / "runs", **options) as recorder:
+        left = recorder.plan(keys, 4)
+        assert len(left) == 5
+        for key, sample_id in left:
+            record(recorder, key, sample_id=sample_id)
+    assert Counter((row["gpu"], row["users"], row["rate"]) for row in rows_of(tmp_path / "runs")) == dict.fromkeys(
+        keys, 4
+    )
+    build({"key": ["gpu", "users", "rate"]}, runs=tmp_path / "runs", output=tmp_path / "table.duckdb")
+    assert lutest.load(tmp_path / "table.duckdb").keys == tuple(sorted(keys))
+    with pytest.raises(ConfigError, match=r"was begun with key_columns = \['gpu', 'users', 'rate'\]"):
+        Recorder(tmp_path / "runs", model="a model")
+
+
+@pytest.mark.parametrize("names", [(), ("gpu", "GPU"), ("Model",), ("sample_id",), ("n",), ("",)])
+def test_names_that_key_columns_cannot_have(names: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        Recorder(tmp_path, model="a model", key_columns=names)
+    assert not list(tmp_path.iterdir())
 
 
 def _cut_journal(folder: Path, source: Path) -> int:

@@ -18,10 +18,9 @@ import pytest
 
 from lutest.builder.build import build
 from lutest.cli.main import main
-from lutest.profile import Recorder
-from lutest.profile.clock import make_clock
+from lutest.profile.machine import make_clock
 from lutest.profile.presets import PRESETS
-from lutest.profile.recorder import interleave, measure_step_overhead
+from lutest.profile.recorder import Recorder, interleave, measure_step_overhead
 from lutest.profile.sweep import run_sweep
 from lutest.reader.errors import ArgumentError
 

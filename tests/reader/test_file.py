@@ -86,7 +86,8 @@ def test_what_is_not_a_table(tmp_path: Path) -> None:
         ("DELETE FROM meta WHERE key = 'schema_version'", "no schema version"),
         ("UPDATE meta SET value = '[0.9]' WHERE key = 'quantiles'", "quantiles is '[0.9]'"),
         ("UPDATE meta SET value = '0.5, 0.95' WHERE key = 'quantiles'", "quantiles is '0.5, 0.95'"),
-        ("UPDATE meta SET value = '[0.5, 0.9]' WHERE key = 'quantiles'", "p90_ms"),
+        ("UPDATE meta SET value = '[0.5, 0.99]' WHERE key = 'quantiles'", "with 0.5 and 0.95"),
+        ("UPDATE meta SET value = '[0.5, 0.9, 0.95]' WHERE key = 'quantiles'", "p90_ms"),
         ("DROP TABLE decode_curve", "decode_curve"),
         ("ALTER TABLE prefill DROP COLUMN p99_ms", "p99_ms"),
         ("DELETE FROM prefill", "table prefill: holds no configuration"),
@@ -120,7 +121,7 @@ def test_what_is_not_a_table(tmp_path: Path) -> None:
         ("UPDATE prefill SET mean_ms = 'nan' WHERE top_k = 8", "mean_ms is nan"),
         ("UPDATE prefill SET n = 0 WHERE top_k = 8", "n is 0"),
         ("UPDATE prefill SET prompt_tokens_p50 = NULL WHERE top_k = 8", "prompt_tokens_p50 is None"),
-        ("UPDATE prefill SET top_k = NULL WHERE top_k = 8", "configuration ('"),
+        ("UPDATE prefill SET top_k = NULL WHERE top_k = 8", "top_k of the configuration ('"),
         ("ALTER TABLE prefill ALTER p50_ms TYPE VARCHAR", "p50_ms is '"),
         ("UPDATE output_length SET n = 0 WHERE output_tokens = 2", "n is 0"),
         ("INSERT INTO output_length SELECT * FROM output_length", "twice"),
@@ -143,9 +144,31 @@ def test_a_null_correlation_of_the_median_is_none(path: Path) -> None:
     assert read_figures(path) == make_figures()
 
 
-def test_tiers_are_ordered_by_their_prompts(path: Path) -> None:
+@pytest.mark.parametrize(
+    "columns",
+    [
+        "low, 4",
+        "[]",
+        '[{"name": "tier", "kind": "number", "type": "VARCHAR"}]',
+        '[{"name": "tier", "kind": "category"}]',
+        '[{"name": 5, "kind": "category", "type": "VARCHAR"}]',
+    ],
+)
+def test_key_columns_are_checked(path: Path, columns: str) -> None:
+    spoil(path, f"UPDATE meta SET value = '{columns}' WHERE key = 'key_columns'")
+    with pytest.raises(TableError, match="table meta: key_columns is .*, not one to eight columns"):
+        read_figures(path)
+
+
+def test_keys_are_in_order_whatever_the_order_of_rows(path: Path) -> None:
     for table in ("prefill", "prefill_curve", "decode", "decode_curve", "decode_total", "total", "quality"):
         spoil(path, f"UPDATE {table} SET tier = 'zero' WHERE tier = 'low'")
-    figures = read_figures(path)
-    assert figures.tiers == ("zero", "medium", "high")
-    assert [held.key.tier for held in figures.keys] == ["zero"] * 4 + ["medium"] * 4 + ["high"] * 4
+    keys = [held.key for held in read_figures(path).keys]
+    assert keys == sorted(keys)
+    assert keys[-1] == ("zero", 8, 16)
+
+
+def test_a_mixed_table_says_so(path: Path) -> None:
+    spoil(path, """INSERT INTO meta VALUES ('mixed', '{"device": ["A100", "H100"], "model": ["m"]}')""")
+    explained = lutest.load(path)["low", 4, 12].explain(50, 3)
+    assert "of runs that are mixed: device A100, H100; model m" in str(explained)

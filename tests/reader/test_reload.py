@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 import lutest
-from lutest import Key, LatencyTable, TableError
+from lutest import LatencyTable, TableError
 from lutest.reader.figures import Figures
-from lutest.reader.reloading import ReloadingTable
+from lutest.reader.loading import ReloadingTable
 from tests.synthetic import make_figures, write_file
 
-KEY = Key("low", 4, 16)
+KEY = ("low", 4, 16)
 SCALES = (1.0, 2.0, 4.0)
 
 
@@ -41,7 +41,7 @@ def scaled(scale: float) -> Figures:
     return replace(make_figures(), keys=keys)
 
 
-BASE = LatencyTable(scaled(1.0)).prefill_ms(*KEY, 77, 0.95)
+BASE = LatencyTable(scaled(1.0))[KEY].prefill_ms(77, 0.95)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def path(tmp_path: Path, files: list[Path]) -> Path:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lutest.reader.reloading.CHECK_EVERY_S", 0.0)
+    monkeypatch.setattr("lutest.reader.loading.CHECK_EVERY_S", 0.0)
 
 
 def put(file: Path, place: Path) -> None:
@@ -71,7 +71,7 @@ def put(file: Path, place: Path) -> None:
 
 
 def scale_of(table: Any) -> float:
-    return float(table.prefill_ms(*KEY, 77, 0.95) / BASE)
+    return float(table[KEY].prefill_ms(77, 0.95) / BASE)
 
 
 @pytest.mark.usefixtures("at_once")
@@ -141,8 +141,8 @@ def test_the_first_table_has_to_be_there(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("at_once")
 def test_the_module_level_lookup_follows(path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lutest.reader.current, "_current", None)
-    monkeypatch.setattr(lutest.reader.current, "_current_entries", {})
+    monkeypatch.setattr(lutest.reader.loading, "_current", None)
+    monkeypatch.setattr(lutest.reader.loading, "_current_entries", {})
     assert isinstance(lutest.use(lutest.load(path, reload=True)), ReloadingTable)
     assert lutest.lookup(*KEY).prefill_ms(77, 0.95) == BASE
     put(files[1], path)
@@ -206,9 +206,9 @@ _EXPECTED: list[float] = []
 
 def _hammer_in_child(table: Any, seconds: float, answers: Any) -> None:
     warnings.simplefilter("error")
-    import lutest.reader.reloading
+    import lutest.reader.loading
 
-    lutest.reader.reloading.CHECK_EVERY_S = 0.0
+    lutest.reader.loading.CHECK_EVERY_S = 0.0
     answers.put(hammer(table, time.monotonic() + seconds))
 
 

@@ -15,11 +15,10 @@ import pytest
 from lutest.reader.errors import ArgumentError, NoDecodeDataError, TableError, UnknownKeyError
 from lutest.reader.figures import Key
 from lutest.reader.table import LatencyTable
-from lutest.reward import (
-    Columns,
-    LatencyReward,
+from lutest.reward.latency import LatencyReward
+from lutest.reward.rollout import Columns, completion_text
+from lutest.reward.terms import (
     Weights,
-    completion_text,
     complexity,
     efficiency_bonus,
     smooth_penalty,
@@ -66,8 +65,10 @@ def test_the_efficiency_bonus_is_the_share_of_the_budget_that_is_left(latency: f
 
 
 def test_complexity_is_the_share_of_expert_calls() -> None:
-    assert complexity(8, 16, 8, 16) == 1.0
-    assert complexity(4, 12, 8, 16) == pytest.approx(0.375)
+    assert complexity((8, 16), (8, 16)) == 1.0
+    assert complexity((4, 12), (8, 16)) == pytest.approx(0.375)
+    assert complexity((-1.0, 3.0), (0.0, 4.0)) == 0.75
+    assert complexity((), ()) == 1.0
 
 
 @pytest.mark.parametrize("budget", [5e-324, 1e-300, 1.0, 1e300])
@@ -123,7 +124,7 @@ def test_all_terms_add_up() -> None:
         row = {**ROW, "top_k": 4, "budget_ms": budget, "output_tokens": 9}
         outcome = LatencyReward(TABLE, weights=weights).judge(row, accuracy=0.5)
         assert outcome is not None
-        latency = TABLE.total_ms("low", 4, 16, 90, 9, 0.95)
+        latency = TABLE["low", 4, 16].total_ms(90, 9, 0.95)
         assert outcome.smooth_penalty == smooth_penalty(latency, budget, 0.5, 4.0)
         assert outcome.squared_overrun == squared_overrun(latency, budget, 2.0)
         assert outcome.efficiency_bonus == pytest.approx(0.5 * efficiency_bonus(latency, budget, 0.3))
@@ -137,30 +138,33 @@ class FakeEntry(NamedTuple):
     source: str = "measured"
 
     def prefill_ms(self, *_: object) -> float:
-        return 10.0 * self.key.top_k
+        return 10.0 * self.top_k
 
     def total_ms(self, _: object, output_tokens: int, *__: object) -> float:
-        return 10.0 * self.key.top_k + output_tokens
+        return 10.0 * self.top_k + output_tokens
 
     def expected_total_ms(self, _: object, workload: str | None) -> float:
-        return 20.0 * self.key.top_k + (100.0 if workload == "web" else 0.0)
+        return 20.0 * self.top_k + (100.0 if workload == "web" else 0.0)
 
     def p_within(self, _: object, __: object, workload: str | None) -> float:
         return 0.25 if workload == "web" else 0.75
 
+    @property
+    def top_k(self) -> float:
+        return float(self.key[1])
+
 
 class FakeTable:
-    keys = (Key("low", 4, 16), Key("low", 8, 16))
+    keys: tuple[Key, ...] = (("low", 4, 16), ("low", 8, 16))
+    key_columns = TABLE.key_columns
+    figures = TABLE.figures
     quantiles = (0.5, 0.95)
 
-    def lookup(self, tier: str, top_k: int, num_blocks: int) -> FakeEntry:
-        if (tier, top_k, num_blocks) == ("low", 2, 16):
-            return FakeEntry(Key("low", 2, 16), "extrapolated")
-        if (tier, top_k, num_blocks) == ("low", 6, 16):
-            return FakeEntry(Key("low", 6, 16), "interpolated")
-        if (tier, top_k, num_blocks) not in self.keys:
+    def __getitem__(self, key: Key) -> FakeEntry:
+        sources = {("low", 2, 16): "extrapolated", ("low", 6, 16): "interpolated"}
+        if key not in self.keys and key not in sources:
             raise UnknownKeyError("not measured")
-        return FakeEntry(Key(tier, top_k, num_blocks))
+        return FakeEntry(key, sources.get(key, "measured"))
 
 
 FAKE = cast(LatencyTable, FakeTable())
@@ -192,11 +196,11 @@ def test_the_probability_of_staying_within_takes_the_sigmoids_place() -> None:
 SOURCES: dict[str, tuple[dict[str, Any], dict[str, object], str | None]] = {
     "columns": ({}, ROW, None),
     "other names": (
-        {"columns": Columns(tier="t", top_k="k", num_blocks="b", prompt_tokens="p", budget_ms="limit")},
-        {"t": "low", "k": 8, "b": 16, "p": 90, "limit": 60.0, "tier": "high"},
+        {"columns": Columns(key={"tier": "t", "top_k": "k"}, prompt_tokens="p", budget_ms="limit")},
+        {"t": "low", "k": 8, "num_blocks": 16, "p": 90, "limit": 60.0, "tier": "high"},
         None,
     ),
-    "tier by index": ({}, {**ROW, "tier": 0}, None),
+    "numbers as text": ({}, {**ROW, "top_k": " 8", "num_blocks": "16.0"}, None),
     "floats, as pandas has them beside missing values": (
         {},
         {**ROW, "top_k": 8.0, "num_blocks": 16.0, "prompt_tokens": 90.0},
@@ -282,6 +286,7 @@ def test_columns_with_part_of_a_configuration_are_a_mistake() -> None:
         ({"prompt_tokens": -3}, "prompt_tokens"),
         ({"output_tokens": 0}, "output_tokens"),
         ({"top_k": "many"}, "top_k"),
+        ({"tier": 0}, "tier"),
     ],
 )
 def test_columns_that_cannot_be_right_are_named(row: dict[str, object], named: str) -> None:
@@ -308,7 +313,7 @@ GARBAGE = [
 def worst_of_table(tokens: int | None, budget: float, keys: tuple[Key, ...] = TABLE.keys) -> float:
     rewards = []
     for key in keys:
-        row = {"tier": key.tier, "top_k": key.top_k, "num_blocks": key.num_blocks, "output_tokens": tokens}
+        row = {**dict(zip(TABLE.key_columns, key, strict=True)), "output_tokens": tokens}
         outcome = LatencyReward(TABLE, on_unknown="none").judge({**row, "prompt_tokens": 90, "budget_ms": budget})
         rewards += [] if outcome is None else [outcome.reward]
     return min(rewards)
@@ -346,7 +351,7 @@ def test_a_parser_that_chokes_on_the_text_counts_as_an_unknown_configuration(err
 
 
 def test_a_key_without_decode_figures_is_unknown_where_they_are_needed() -> None:
-    row = {**ROW, **NO_DECODE._asdict()}
+    row = {**ROW, **dict(zip(TABLE.key_columns, NO_DECODE, strict=True))}
     one = LatencyReward(TABLE).judge({**row, "output_tokens": 1})
     many = LatencyReward(TABLE).judge({**row, "output_tokens": 9})
     assert one is not None
@@ -384,6 +389,7 @@ def test_nothing_unknown_is_ever_free() -> None:
         ({"length_from": "ids"}, "length_from"),
         ({"on_unknown": "zero"}, "on_unknown"),
         ({"on_unknown": math.nan}, "on_unknown"),
+        ({"columns": Columns(key={"gpu": "device"})}, "columns.key has 'gpu'; allowed: 'tier', 'top_k', 'num_blocks'"),
     ],
 )
 def test_arguments_are_checked_when_the_reward_is_made(options: dict[str, Any], named: str) -> None:
@@ -438,7 +444,8 @@ def test_a_reward_cannot_be_changed() -> None:
 
 def test_importing_rewards_brings_in_no_trainer() -> None:
     heavy = "{'torch', 'trl', 'verl', 'ray', 'numpy', 'pandas', 'scipy', 'duckdb'}"
-    code = f"import sys, lutest.reward; print(sorted({heavy} & set(sys.modules)))"
+    forms = "lutest.reward.trl, lutest.reward.verl, lutest.reward.openrlhf"
+    code = f"import sys, {forms}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
 

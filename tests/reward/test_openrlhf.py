@@ -15,7 +15,9 @@ import pytest
 
 from lutest.reader.errors import ArgumentError
 from lutest.reader.table import LatencyTable
-from lutest.reward import LatencyReward, OpenRLHFReward, Weights
+from lutest.reward.latency import LatencyReward
+from lutest.reward.openrlhf import OpenRLHFReward
+from lutest.reward.terms import Weights
 from tests.synthetic import make_figures, write_file
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -74,7 +76,8 @@ def test_a_file_of_ones_own_as_openrlhf_runs_it(tmp_path: Path) -> None:
     table = write_file(make_figures(), tmp_path / "table.duckdb")
     file = tmp_path / "my_rewards.py"
     file.write_text(
-        "from lutest.reward import LatencyReward, OpenRLHFReward\n"
+        "from lutest.reward.latency import LatencyReward\n"
+        "from lutest.reward.openrlhf import OpenRLHFReward\n"
         "from tests.reward.test_openrlhf import score_tensor\n"
         f"reward_func = OpenRLHFReward(LatencyReward({str(table)!r}), score=score_tensor)\n"
     )
@@ -88,7 +91,7 @@ def test_a_file_of_ones_own_as_openrlhf_runs_it(tmp_path: Path) -> None:
     for n, rollout in enumerate(asyncio.run(run()), start=1):
         assert rollout["reward"].shape == rollout["score"].shape == (1,)
         assert rollout["score"].item() == 1.0
-        assert rollout["latency_ms"].item() == pytest.approx(TABLE.total_ms("low", 8, 16, 90, n, 0.95), rel=1e-6)
+        assert rollout["latency_ms"].item() == pytest.approx(TABLE["low", 8, 16].total_ms(90, n, 0.95), rel=1e-6)
         assert rollout["reward"].item() == pytest.approx(1.0 + expected({**ROW, "output_tokens": n}), rel=1e-6)
 
 

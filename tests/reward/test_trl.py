@@ -13,8 +13,12 @@ import pytest
 
 from lutest import load
 from lutest.reader.errors import ArgumentError
+from lutest.reader.figures import Key
 from lutest.reader.table import LatencyTable
-from lutest.reward import Columns, LatencyReward, TRLReward, Weights
+from lutest.reward.latency import LatencyReward
+from lutest.reward.rollout import Columns
+from lutest.reward.terms import Weights
+from lutest.reward.trl import TRLReward
 from tests.synthetic import make_figures
 
 TABLE = LatencyTable(make_figures())
@@ -70,17 +74,18 @@ def test_one_reward_or_none_for_each_completion() -> None:
 def test_the_length_is_that_of_the_completion_ids() -> None:
     log = Log()
     TRLReward(LatencyReward(TABLE))(**BATCH, output_tokens=[50] * 4, log_extra=log.log_extra)
-    totals = [TABLE.total_ms("low", 4, 12, 50, 2, 0.95), TABLE.total_ms("medium", 8, 16, 300, 4, 0.95)]
+    totals = [TABLE["low", 4, 12].total_ms(50, 2, 0.95), TABLE["medium", 8, 16].total_ms(300, 4, 0.95)]
     assert log.extra["latency_ms"] == [*totals, None, None]
     assert log.extra["latency_decided_by"] == ["total", "total", None, "unknown"]
     TRLReward(LatencyReward(TABLE, length_from="unknown"))(**BATCH, log_extra=log.log_extra)
-    assert log.extra["latency_ms"][0] == TABLE.prefill_ms("low", 4, 12, 50, 0.95)
+    assert log.extra["latency_ms"][0] == TABLE["low", 4, 12].prefill_ms(50, 0.95)
 
 
 def test_columns_may_have_other_names_and_ids_may_be_left_out() -> None:
-    named = {"tier": "level", "top_k": "experts", "num_blocks": "layers", "budget_ms": "limit", "output_tokens": "n"}
+    named = {"tier": "level", "top_k": "experts", "budget_ms": "limit"}
     batch = {named.get(name, name): values for name, values in BATCH.items() if name != "completion_ids"}
-    rewards = TRLReward(LatencyReward(TABLE, columns=Columns(**named)))(**batch, n=[2, 4, 1, 3])
+    columns = Columns({"tier": "level", "top_k": "experts"}, budget_ms="limit", output_tokens="n")
+    rewards = TRLReward(LatencyReward(TABLE, columns=columns))(**batch, n=[2, 4, 1, 3])
     assert rewards == TRLReward(LatencyReward(TABLE))(**BATCH)
 
 
@@ -202,11 +207,15 @@ def shipped(direct_table: Path) -> LatencyTable:
     return load(direct_table)
 
 
+def named(table: LatencyTable, key: Key) -> dict[str, object]:
+    return dict(zip(table.key_columns, key, strict=True))
+
+
 def test_grpo_on_the_columns_of_a_data_set(shipped: LatencyTable, tmp_path: Path) -> None:
     keys = [shipped.keys[0], shipped.keys[-1]]
     # three rows: two with a configuration, one without
     rows = [
-        {"prompt": "say which", **key._asdict(), "prompt_tokens": 400, "budget_ms": 1000.0, "answer": "low"}
+        {"prompt": "say which", **named(shipped, key), "prompt_tokens": 400, "budget_ms": 1000.0, "answer": "low"}
         for key in keys
     ]
     rows.append({"prompt": "which say", **dict.fromkeys(("tier", "top_k", "num_blocks", "prompt_tokens", "budget_ms"))})
@@ -230,16 +239,16 @@ def test_grpo_on_the_columns_of_a_data_set(shipped: LatencyTable, tmp_path: Path
         assert entry["latency/ms"] > 0.0
         assert entry["rewards/latency_reward/mean"] <= 0.0
     assert [reward is None for reward in seen["rewards"]] == [tier is None for tier in seen["tier"]]
-    assert {None, keys[0].tier, keys[1].tier} == set(seen["tier"])
+    assert {None, keys[0][0], keys[1][0]} == set(seen["tier"])
     for ids, tier, reward in zip(seen["completion_ids"], seen["tier"], seen["rewards"], strict=True):
         if tier is None:
             continue
-        key = keys[[key.tier for key in keys].index(tier)]
+        key = keys[[key[0] for key in keys].index(tier)]
         outcome = LatencyReward(shipped, 1000.0).judge(
-            {**key._asdict(), "prompt_tokens": 400, "output_tokens": len(ids)}
+            {**named(shipped, key), "prompt_tokens": 400, "output_tokens": len(ids)}
         )
         assert outcome is not None
-        assert outcome.latency_ms == shipped.total_ms(*key, 400, len(ids), 0.95)
+        assert outcome.latency_ms == shipped[key].total_ms(400, len(ids), 0.95)
         assert reward == outcome.reward
 
 

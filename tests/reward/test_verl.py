@@ -17,7 +17,9 @@ import pytest
 
 from lutest.reader.errors import ArgumentError, UnknownKeyError
 from lutest.reader.table import LatencyTable
-from lutest.reward import LatencyReward, VerlReward, Weights, compute_score
+from lutest.reward.latency import LatencyReward
+from lutest.reward.terms import Weights
+from lutest.reward.verl import VerlReward, compute_score
 from tests.synthetic import make_figures, write_file
 
 TABLE = LatencyTable(make_figures())
@@ -90,7 +92,8 @@ def call(function: Callable[..., Any], text: str, info: dict[str, object] | None
 def test_a_file_of_ones_own(tmp_path: Path, table_path: Path, load: Load) -> None:
     file = tmp_path / "my_rewards.py"
     file.write_text(
-        "from lutest.reward import LatencyReward, VerlReward\n"
+        "from lutest.reward.latency import LatencyReward\n"
+        "from lutest.reward.verl import VerlReward\n"
         "from tests.reward.test_verl import accuracy\n"
         f"compute_score = VerlReward(LatencyReward({str(table_path)!r}), score=accuracy)\n"
     )
@@ -111,18 +114,18 @@ def test_by_verls_configuration_alone(table_path: Path, load: Load) -> None:
         "budget_ms": 60.0,
         "q": 0.99,
         "weights": {"smooth": 0.5, "bonus": 0.1},
-        "columns": {"prompt_tokens": "length"},
+        "columns": {"prompt_tokens": "length", "key": {"tier": "level"}},
         "parse": "tests.reward.test_verl:parse_last_words",
         "count_tokens": "tests.reward.test_verl:count_words",
         "score": "tests.reward.test_verl:accuracy",
     }
-    result = call(load("pkg://lutest.reward", "compute_score", reward_kwargs), "42 with low 8 16", {"length": 90})
+    result = call(load("pkg://lutest.reward.verl", "compute_score", reward_kwargs), "42 with low 8 16", {"length": 90})
     reward = LatencyReward(TABLE, q=0.99, weights=Weights(smooth=0.5, bonus=0.1))
     row = {**INFO, "output_tokens": 5}
     outcome = reward.judge(row)
     assert outcome is not None
     assert result["score"] == pytest.approx(1.0 + outcome.reward, rel=1e-12)
-    wrong = call(load("pkg://lutest.reward", "compute_score", reward_kwargs), "7 with low 8 16", {"length": 90})
+    wrong = call(load("pkg://lutest.reward.verl", "compute_score", reward_kwargs), "7 with low 8 16", {"length": 90})
     without_bonus = reward.judge(row, accuracy=0.0)
     assert without_bonus is not None
     assert wrong["score"] == pytest.approx(without_bonus.reward, rel=1e-12)
@@ -202,7 +205,7 @@ def test_verls_own_reward_manager_runs_it(table_path: Path) -> None:
     from verl import DataProto
 
     reward_kwargs = {"table": str(table_path), "score": "tests.reward.test_verl:accuracy"}
-    function = load_through_verl("pkg://lutest.reward", "compute_score", reward_kwargs)
+    function = load_through_verl("pkg://lutest.reward.verl", "compute_score", reward_kwargs)
     data = DataProto.from_dict(
         tensors={"responses": torch.tensor([[4, 2, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 1, 0]])},
         non_tensors={
@@ -221,4 +224,4 @@ def test_verls_own_reward_manager_runs_it(table_path: Path) -> None:
     result = asyncio.run(run())
     assert result["reward_extra_info"]["acc"] == 1.0
     assert result["reward_score"] == pytest.approx(call(function, "42", INFO)["score"])
-    assert result["reward_extra_info"]["latency_ms"] == pytest.approx(TABLE.prefill_ms("low", 8, 16, 90, 0.95))
+    assert result["reward_extra_info"]["latency_ms"] == pytest.approx(TABLE["low", 8, 16].prefill_ms(90, 0.95))

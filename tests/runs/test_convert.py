@@ -11,11 +11,14 @@ from typing import Any
 from unittest import mock
 
 import duckdb
+import pandas as pd
 import pytest
 
 from lutest.builder.build import BuildSummary, build
 from lutest.reader.errors import BuildError, ConfigError, SourceError
+from lutest.runs.configuration import resolve_config
 from lutest.runs.convert import convert
+from lutest.runs.work import read_runs, work_database
 from tests.children import run_child
 
 HEADER = {"tier": "low", "top_k": 4, "num_active_blocks": 12, "device": "cpu"}
@@ -158,8 +161,9 @@ def test_a_configuration_maps_columns_and_units(tmp_path: Path) -> None:
 
 def test_failures_leave_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     output = tmp_path / "out" / "runs.parquet"
-    output.parent.mkdir()
-    output.write_bytes(b"the old one")
+    results = _write_results(tmp_path / "vqa", _sound_runs())
+    convert(results, output)
+    old = output.read_bytes()
     empty = _write_results(tmp_path / "empty", [])
     strange = tmp_path / "strange.csv"
     strange.write_text("a,b\n1,2\n")
@@ -167,17 +171,43 @@ def test_failures_leave_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         convert(tmp_path / "nowhere.json", output)
     with pytest.raises(BuildError, match="no runs"):
         convert(empty, output)
-    with pytest.raises(BuildError, match="field names"):
+    with pytest.raises(ConfigError, match=r"no run has tier.* the fields are a, b"):
         convert(strange, output)
     with pytest.raises(ConfigError, match=r"must end in \.parquet"):
         convert(strange, tmp_path / "out" / "runs.csv")
     (tmp_path / "folder.parquet").mkdir()
     with pytest.raises(BuildError, match="is a folder"):
         convert(strange, tmp_path / "folder.parquet")
-    with pytest.raises(BuildError, match="cannot write"):
-        convert(_write_results(tmp_path / "vqa", _sound_runs()), output / "below" / "runs.parquet")
-    assert output.read_bytes() == b"the old one"
-    assert list(output.parent.iterdir()) == [output]
+    with pytest.raises(BuildError, match="cannot be written|cannot make the folder"):
+        convert(results, output / "below" / "runs.parquet")
+    assert output.read_bytes() == old
+    assert [path for path in output.parent.iterdir() if not path.name.endswith(".lutest-lock")] == [output]
+
+
+def test_only_a_converted_file_is_replaced(tmp_path: Path) -> None:
+    results = _write_results(tmp_path / "vqa", _sound_runs())
+    other = tmp_path / "other.parquet"
+    duckdb.sql("SELECT 1 AS a").write_parquet(str(other))
+    with pytest.raises(BuildError, match=r"other\.parquet: another Parquet file stands there"):
+        convert(results, other)
+    summary = convert(results, tmp_path / "runs.parquet")
+    with pytest.raises(BuildError, match=r"runs\.parquet: is one of the sources"):
+        convert(summary.output, summary.output)
+    assert convert(results, summary.output).rows == summary.rows
+
+
+def test_a_key_of_ones_own_stands_under_its_names(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"card": ["H100", "A100"], "users": [8, 0.5], "prompt_tokens": 10, "output_tokens": 3})
+    frame = frame.assign(prefill_ms=[5.5, 6.5], total_ms=[15.5, 6.5])
+    config = {"key": ["gpu", "users"], "columns": {"gpu": "card"}}
+    summary = convert(frame, tmp_path / "runs.parquet", config=config)
+    assert summary.columns == ("workload", "gpu", "users", "prompt_tokens", "output_tokens", "prefill_ms", "total_ms")
+    assert _parquet(summary.output, "gpu, users, total_ms") == [("A100", 0.5, 6.5), ("H100", 8.0, 15.5)]
+    with work_database() as connection:
+        key = read_runs(connection, [summary.output], resolve_config({"key": ["gpu", "users"]}), Path())
+        runs = connection.execute("SELECT key_id, decode_ms, one_pass, clamped FROM runs ORDER BY key_id").fetchall()
+    assert [(column.name, column.kind) for column in key] == [("gpu", "category"), ("users", "number")]
+    assert runs == [(0, 0.0, True, True), (1, 10.0, True, False)]
 
 
 def _convert_to_the_last_step(runs: str, output: str) -> None:
@@ -194,7 +224,8 @@ def test_a_conversion_clears_the_work_of_a_killed_one(tmp_path: Path) -> None:
     neighbour = output.parent / f".other.parquet.{'0' * 32}.lutest-tmp"
     neighbour.write_bytes(b"of another file")
     convert(runs, output)
-    assert sorted(output.parent.iterdir()) == [neighbour, output]
+    left = [path for path in output.parent.iterdir() if not path.name.endswith(".lutest-lock")]
+    assert sorted(left) == [neighbour, output]
 
 
 def test_the_shipped_runs_are_what_the_command_writes(direct_runs: Path, tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from lutest.builder.fit.prefill_curve import fit_prefill_curve
-from lutest.builder.fit.step_curve import fit_step_curve
+from lutest.builder.fit.curves import fit_prefill_curve, fit_step_curve
+from lutest.builder.fit.observations import KeyAxes, read_key_axes
 from lutest.builder.fit.step_recovery import recover_step_curve
-from lutest.builder.fit.total_calibration import calibrate_totals
-from lutest.reader.names import KEY_COLUMNS, quantile_column
+from lutest.builder.fit.totals import calibrate_totals
+from lutest.reader.figures import KeyColumn
+from lutest.reader.names import quantile_column
 
 __all__ = ["FitInput", "Fitted", "fit", "upper_rank"]
 
-_KEYS = list(KEY_COLUMNS)
 _LEAST_STEP = 1e-9  # of the median prefill: steps are fitted on the log scale, and a coarse clock reads 0
 
 
@@ -30,6 +30,10 @@ class FitInput:
     ----------
     quantiles : sequence of float
         Levels, ascending.
+    key_columns : sequence of KeyColumn
+        What a key is made of.
+    keys : DataFrame
+        The key of each ``key_id``: row i is that of i, one column a key column. All other frames have ``key_id``.
     prefill, decode : DataFrame
         Rows of the tables of the same names; quantiles of `decode` are null for keys without timed steps.
     run_sample, step_sample : DataFrame
@@ -39,6 +43,8 @@ class FitInput:
     """
 
     quantiles: Sequence[float]
+    key_columns: Sequence[KeyColumn]
+    keys: pd.DataFrame
     prefill: pd.DataFrame
     decode: pd.DataFrame
     run_sample: pd.DataFrame
@@ -48,7 +54,7 @@ class FitInput:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Rows of the tables that fitting writes, named as in the file."""
+    """Rows of the tables that fitting writes, named as in the file, with ``key_id`` for the key columns."""
 
     decode: pd.DataFrame
     prefill_curve: pd.DataFrame
@@ -95,8 +101,9 @@ def fit(data: FitInput) -> Fitted:
     steps = _divided(data.step_sample, ["step_ms"], unit_ms)
     steps["step_ms"] = steps["step_ms"].clip(lower=_LEAST_STEP)
     columns = [quantile_column(q) for q in data.quantiles]
-    prefill_curve = fit_prefill_curve(runs, data.quantiles)
-    decode_curve = _decode_curve(runs, steps, data.quantiles)
+    axes = read_key_axes(data.keys, data.key_columns)
+    prefill_curve = fit_prefill_curve(runs, axes, data.quantiles)
+    decode_curve = _decode_curve(runs, steps, axes, data.quantiles)
     decode_total, total = calibrate_totals(
         runs, prefill_curve, decode_curve, data.quantiles, outlier_share=data.outlier_share
     )
@@ -110,22 +117,21 @@ def _divided(frame: pd.DataFrame, columns: list[str], unit_ms: float) -> pd.Data
     return frame.assign(**{column: frame[column] / unit_ms for column in columns})
 
 
-def _decode_curve(runs: pd.DataFrame, steps: pd.DataFrame, quantiles: Sequence[float]) -> pd.DataFrame:
-    timed_keys = pd.MultiIndex.from_frame(runs.loc[runs["timed"], _KEYS].drop_duplicates())
-    totals = runs[~pd.MultiIndex.from_frame(runs[_KEYS]).isin(timed_keys)]
+def _decode_curve(runs: pd.DataFrame, steps: pd.DataFrame, axes: KeyAxes, quantiles: Sequence[float]) -> pd.DataFrame:
+    totals = runs[~runs["key_id"].isin(runs.loc[runs["timed"], "key_id"])]
     curves = []
     if len(steps):
-        curves.append(fit_step_curve(steps, runs, quantiles))
+        curves.append(fit_step_curve(steps, runs, axes, quantiles))
     if (totals["output_tokens"] >= 2).any():
-        curves.append(recover_step_curve(totals, quantiles))
+        curves.append(recover_step_curve(totals, axes, quantiles))
     if not curves:
-        names = [*_KEYS, "kv_len", "n", *map(quantile_column, quantiles), "source"]
+        names = ["key_id", "kv_len", "n", *map(quantile_column, quantiles), "source"]
         return pd.DataFrame({name: pd.Series(dtype="float64") for name in names})
-    return pd.concat(curves, ignore_index=True).sort_values([*_KEYS, "kv_len"], ignore_index=True)
+    return pd.concat(curves, ignore_index=True).sort_values(["key_id", "kv_len"], ignore_index=True)
 
 
 def _with_sums(decode_curve: pd.DataFrame) -> pd.DataFrame:
-    groups = decode_curve.groupby(_KEYS, sort=False)
+    groups = decode_curve.groupby("key_id", sort=False)
     sums = [_sums(group["kv_len"].to_numpy(), group["p50_ms"].to_numpy()) for _, group in groups]
     return decode_curve.assign(p50_sum_ms=np.concatenate(sums) if sums else 0.0)
 
@@ -145,9 +151,9 @@ def _with_recovered_quantiles(
     columns = [quantile_column(q) for q in quantiles]
     weights = decode_curve["n"].astype(float).clip(lower=1e-9)
     weighted = decode_curve[columns].multiply(weights, axis=0).assign(weight=weights)
-    sums = weighted.groupby([decode_curve[column] for column in _KEYS]).sum()
+    sums = weighted.groupby(decode_curve["key_id"]).sum()
     means = sums[columns].div(sums["weight"], axis=0)
-    filled = decode.set_index(_KEYS)
+    filled = decode.set_index("key_id")
     filled[columns] = filled[columns].astype(float).fillna(means)
     # A key whose totals say nothing at all (each one clamped) has no curve, and so no figures.
     return filled.dropna(subset=columns).reset_index()

@@ -1,24 +1,41 @@
-"""Quantiles of decode time over the sum of the median steps, by key and number of steps."""
+"""Quantiles of decode time over the sum of the median steps, by key and number of steps, and the noise round them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
-import numpy.typing as npt
+from scipy import optimize
 
-from lutest.builder.fit.calibration_runs import CalibrationKey
-from lutest.builder.fit.local_quantiles import local_quantiles, weighted_quantiles
-from lutest.builder.fit.ratio_noise import fit_leverage, noise_components, noise_spread
-from lutest.builder.fit.shrinkage import shrink, variance_between
+from lutest.builder.fit.observations import Floats, Integers
+from lutest.builder.fit.quantiles import local_quantiles, shrink, variance_between, weighted_quantiles
 
-__all__ = ["decode_ratios"]
+__all__ = ["RunsOfKey", "decode_ratios"]
 
 LEAST_RATIO = 1e-3
+PRIOR_KEYS = 2  # keys whose mean residual is taken to be 0 when the leverage is estimated: few keys say little
+STEP_POWERS = (0.0, 0.5, 1.0)
+LEAST_LEFT = 0.1  # of a variance, after the fit of a level
+TINY = 1e-12
 
-Array = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.int64]
+
+@dataclass(frozen=True)
+class RunsOfKey:
+    """Runs of two tokens or more of one key, and its curves at them."""
+
+    key_id: int
+    one_pass: bool  # decode is of the same pass as prefill: it has no offset, nor the noise of a prefill
+    steps: Floats
+    ratio: Floats  # decode_ms over D
+    fixed: Floats  # what noise of a fixed size comes to in the ratio
+    decode_ms: Floats  # D
+    prefill_ms: Floats  # runs × levels
+    seen_ms: tuple[Floats, Floats, Floats]  # prefill, decode and total as measured
+    fixed_one: float  # `fixed` of a run of one step at the key's median prompt
+    steadiness: float
 
 
-def decode_ratios(keys: list[CalibrationKey], knots: Array, levels: Array, cross_fitted: bool) -> tuple[Array, Array]:
+def decode_ratios(keys: list[RunsOfKey], knots: Floats, levels: Floats) -> tuple[Floats, Floats]:
     """Ratios, keys × knots × levels, and what the deviation of each run is to be multiplied by."""
     sizes = np.array([len(key.steps) for key in keys])
     owner = np.repeat(np.arange(len(keys)), sizes)
@@ -30,19 +47,17 @@ def decode_ratios(keys: list[CalibrationKey], knots: Array, levels: Array, cross
     center = local_quantiles(at, ratio, place, np.array([0.5]))[:, 0]
     offset = np.zeros(len(keys))
     residual = ratio - np.interp(at, place, center)
-    spread = noise_spread(noise_components(residual, steps, fixed, owner, len(keys))[owner], steps, fixed)
-    if not keys[0].timed:
+    spread = _noise_spread(_noise_components(residual, steps, fixed, owner, len(keys))[owner], steps, fixed)
+    if not keys[0].one_pass:
         offset = _offsets(residual, fixed, spread, owner, len(keys))
         corrected = ratio - offset[owner] * fixed
         center = local_quantiles(at, corrected, place, np.array([0.5]))[:, 0]
         residual = corrected - np.interp(at, place, center)
-    components = noise_components(residual, steps, fixed, owner, len(keys))
-    spread = noise_spread(components[owner], steps, fixed)
+    components = _noise_components(residual, steps, fixed, owner, len(keys))
+    spread = _noise_spread(components[owner], steps, fixed)
     u = residual / spread
 
-    level, shrinkage = np.zeros(len(keys)), np.ones_like(u)
-    if not cross_fitted:
-        level, shrinkage = fit_leverage(u, spread, steps, owner, len(keys))
+    level, shrinkage = _fit_leverage(u, spread, steps, owner, len(keys))
     full = u / shrinkage
     shape = local_quantiles(at, full, place, levels)
     shifts = np.empty((len(keys), len(levels)))
@@ -51,13 +66,13 @@ def decode_ratios(keys: list[CalibrationKey], knots: Array, levels: Array, cross
     ratios = np.empty((len(keys), len(knots), len(levels)))
     for number, key in enumerate(keys):
         at_knots = key.fixed_one / knots
-        ahead = np.sqrt(noise_spread(components[[number]], knots, at_knots) ** 2 + level[number])
+        ahead = np.sqrt(_noise_spread(components[[number]], knots, at_knots) ** 2 + level[number])
         ratios[number] = (center + offset[number] * at_knots)[:, None] + ahead[:, None] * (shape + shifts[number])
     ratios = np.maximum(np.sort(ratios, axis=2), LEAST_RATIO)
     return ratios, np.sqrt(1 + level[owner] / spread**2) / shrinkage
 
 
-def _offsets(residual: Array, fixed: Array, spread: Array, owner: Indices, n_keys: int) -> Array:
+def _offsets(residual: Floats, fixed: Floats, spread: Floats, owner: Integers, n_keys: int) -> Floats:
     """Offset of each key in units of `fixed`: least absolute deviations, shrunk to their mean."""
     estimate, error = np.zeros(n_keys), np.ones(n_keys)
     for key in range(n_keys):
@@ -73,7 +88,7 @@ def _offsets(residual: Array, fixed: Array, spread: Array, owner: Indices, n_key
     return shrink(estimate, error**2)
 
 
-def _key_shifts(excess: Array, owner: Indices, sizes: Indices, q: float) -> Array:
+def _key_shifts(excess: Floats, owner: Integers, sizes: Integers, q: float) -> Floats:
     """Shift of each key's quantile against the pooled one, as far as coverages differ by more than chance."""
     if len(sizes) < 2:
         return np.zeros(len(sizes))
@@ -87,3 +102,78 @@ def _key_shifts(excess: Array, owner: Indices, sizes: Indices, q: float) -> Arra
         [weighted_quantiles(np.sort(excess[owner == key]), np.ones(sizes[key]), level)[0] for key in range(len(sizes))]
     )
     return np.asarray(own * between / (between + chance))
+
+
+def _noise_components(residual: Floats, steps: Floats, fixed: Floats, owner: Integers, n_keys: int) -> Floats:
+    """Components of the variance of a ratio, keys × 3: of a run, of a step, of noise of a fixed size.
+
+    Those of all keys together, and round them each key's own, as far as the keys' sizes differ by more than chance.
+    """
+    size = float(np.mean(np.abs(residual)))
+    if size <= TINY:
+        return np.tile([TINY**2, 0.0, 0.0], (n_keys, 1))
+    design = np.stack([np.ones_like(steps), 1 / steps, fixed**2])
+    start = 2 * np.log(size) - np.log(3 * design.mean(axis=1))
+    pooled = _most_likely(np.abs(residual), design, start, 0.0)
+    logs = np.tile(pooled, (n_keys, 1))
+    deviation = np.abs(residual) / _noise_spread(np.exp(logs[:1]), steps, fixed)
+    sizes = np.bincount(owner)
+    own = np.bincount(owner, deviation) / sizes
+    chance = (np.mean(deviation**2) / np.mean(deviation) ** 2 - 1) / sizes
+    # Less one standard error: a key's own components are worth their noise only where keys clearly differ.
+    doubt = np.sqrt(2 * (n_keys - 1))
+    between = variance_between(own / np.mean(own), chance, doubt) if n_keys > 1 and chance.min() > 0 else 0.0
+    if between > 0:
+        for key in range(n_keys):
+            mine = owner == key
+            # A variance goes with the square of a size, hence 4: the prior variance of its logarithm.
+            logs[key] = _most_likely(np.abs(residual[mine]), design[:, mine], pooled, 1 / (4 * between))
+    return np.exp(logs)
+
+
+def _most_likely(absolute: Floats, design: Floats, start: Floats, precision: float) -> Floats:
+    """Logarithms of components that maximise a Laplace likelihood, with a normal prior round `start`."""
+
+    def loss(logs: Floats) -> tuple[float, Floats]:
+        parts = np.exp(logs)[:, None] * design
+        variance = parts.sum(axis=0)
+        deviation = absolute / np.sqrt(variance)
+        slope = (parts * ((1 - deviation) / variance)).sum(axis=1) / 2
+        away = logs - start
+        value = np.sum(np.log(variance) / 2 + deviation) + precision * np.sum(away**2) / 2
+        return float(value) / len(absolute), (slope + precision * away) / len(absolute)
+
+    bounds = [(value - 25, value + 10) for value in start]
+    found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    return np.asarray(found.x, dtype=float)
+
+
+def _noise_spread(components: Floats, steps: Floats, fixed: Floats) -> Floats:
+    """Standard deviation of the ratio of a run, from its components (runs × 3, or 1 × 3 for all)."""
+    run, step, constant = components.T
+    return np.asarray(np.sqrt(run + step / steps + constant * fixed**2))
+
+
+def _fit_leverage(u: Floats, spread: Floats, steps: Floats, owner: Integers, n_keys: int) -> tuple[Floats, Floats]:
+    """Variance of each key's fitted level, and what its fit has shrunk the deviation of each run by.
+
+    A level fitted with weights ω, proportional to a power of the number of steps, leaves weighted mean residuals near 0
+    in every key. So the power whose means spread least, against what the residuals would have them, is the one used.
+    """
+    bound = 2 * float(np.mean(np.abs(u)))
+    if bound <= TINY:
+        return np.zeros(n_keys), np.ones_like(u)
+    score = np.clip(u, -bound, bound)
+    score = score - score.mean()
+    least, weight, held = np.inf, u, u
+    for power in STEP_POWERS:
+        shares = steps**power
+        shares = shares / np.bincount(owner, shares, n_keys)[owner]
+        variance = np.asarray(np.bincount(owner, (shares * spread) ** 2, n_keys), dtype=float)
+        means = np.bincount(owner, shares * spread * score, n_keys)
+        ratio = float(np.sum(means**2 / variance) / np.mean(score**2)) / (n_keys + PRIOR_KEYS)
+        if ratio < least:
+            least, weight, held = ratio, shares, variance
+    share = max(0.0, 1 - least)
+    left = 1 - share * (2 * weight - held[owner] / spread**2)
+    return share * held, np.sqrt(np.maximum(left, LEAST_LEFT))

@@ -8,12 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize, special
 
-from lutest.builder.fit.subtracted_runs import SubtractedRuns, slices_of_keys
+from lutest.builder.fit.observations import Floats, Integers
 
-__all__ = ["FREEDOM", "LEAST_SHARE", "StepFit", "fit_steps", "quadratic", "shared_columns"]
+__all__ = ["FREEDOM", "LEAST_SHARE", "RunTotals", "StepFit", "fit_steps", "shared_columns"]
 
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 FREEDOM = 4.0  # of Student's t: subtraction has heavy tails, and normal noise costs it little efficiency
@@ -27,10 +25,35 @@ LEAST_SHARE = 0.1  # of the step pooled over keys: no step falls below
 SPREADS = np.array([0.03, 0.01, 0.01, 0.02])
 PRIOR_KEYS = 1.0
 PRIOR_RUNS = 10.0  # runs that the noise pooled over keys counts for in the noise of a key
-# Standard deviations of the prior of the pooled part: level (next to none), its change with blocks, experts and both,
-# with KV length (if it were proportional: 1), and the mean offset as a share of prefill.
-POOLED_DEVIATIONS = np.array([10.0, 1.0, 1.0, 1.0, 0.5, 0.1])
-SLOPE = 4
+# Standard deviations of the prior of the pooled part: level (next to none), its change with each column of the
+# structure, with KV length (if it were proportional: 1), and the mean offset as a share of prefill.
+LEVEL_DEVIATION, STRUCTURE_DEVIATION, SLOPE_DEVIATION, OFFSET_DEVIATION = 10.0, 1.0, 0.5, 0.1
+
+
+@dataclass(frozen=True)
+class RunTotals:
+    """Runs sorted by key, their times in units of `level_ms`."""
+
+    key_ids: Integers
+    level_ms: float
+    starts: Integers  # first run of each key
+    code: Integers  # key of each run
+    prompt: Integers
+    steps: Floats
+    mean_kv: Floats
+    value: Floats
+    censored: Flags
+    subtracted: Floats  # median prefill of the key where decode was left by subtraction; 0 where it is of one pass
+    centre: Floats  # of the key's KV lengths
+    reach: Floats  # their standard deviation
+    middle: float  # of all KV lengths
+    structure: Floats  # per key: 1, its last number, the others, their products with the last; see _structure
+
+    @property
+    def slices(self) -> list[slice]:
+        """Where the runs of each key stand."""
+        ends = np.append(self.starts[1:], len(self.steps))
+        return [slice(int(start), int(end)) for start, end in zip(self.starts, ends, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -47,17 +70,19 @@ class StepFit:
     spread: float
 
 
-def fit_steps(runs: SubtractedRuns) -> StepFit:
+def fit_steps(runs: RunTotals) -> StepFit:
     """Fit the model by expectation–maximisation; see `lutest.fit.step_recovery.recover_step_curve`."""
-    slices, code, steps = slices_of_keys(runs), runs.code, runs.steps
+    slices, code, steps = runs.slices, runs.code, runs.steps
     pooled_columns = shared_columns(runs, code, runs.mean_kv) * steps[:, None]
-    pooled_columns[:, -1] = runs.prefill
+    pooled_columns[:, -1] = runs.subtracted
     shape = _own_columns(runs)
     n_keys, n_own, n_pooled = len(slices), shape.shape[1], pooled_columns.shape[1]
     at_centre = shared_columns(runs, np.arange(n_keys), runs.centre)
     counts = np.bincount(code)
     floor = (LEAST_NOISE * (1 + steps)) ** 2
-    prior, spreads = POOLED_DEVIATIONS**2, SPREADS**2
+    structures = [STRUCTURE_DEVIATION] * (n_pooled - 3)
+    prior = np.array([LEVEL_DEVIATION, *structures, SLOPE_DEVIATION, OFFSET_DEVIATION]) ** 2
+    spreads = SPREADS**2
     pooled, own, base = np.eye(n_pooled)[0], np.zeros((n_keys, n_own)), np.ones(n_keys)
     parts, key_noise = np.full(3, 0.1**2), np.ones(n_keys)
     inverses, gains = np.empty((n_keys, n_own, n_own)), np.empty((n_keys, n_own, n_pooled))
@@ -68,7 +93,7 @@ def fit_steps(runs: SubtractedRuns) -> StepFit:
     for _ in range(ITERATIONS):
         tau = base[code]
         columns[:, :3] = shape[:, :3] * tau[:, None]
-        terms = np.column_stack([runs.prefill**2, tau**2 * steps, (tau * steps) ** 2])
+        terms = np.column_stack([runs.subtracted**2, tau**2 * steps, (tau * steps) ** 2])
         noise = terms @ parts + floor
         variance = noise * key_noise[code]
         weight, target, square = _expect(runs.value, mean, np.sqrt(variance), runs.censored)
@@ -91,17 +116,17 @@ def fit_steps(runs: SubtractedRuns) -> StepFit:
         for k, rows in enumerate(slices):
             mean[rows] = columns[rows] @ np.concatenate([own[k], pooled])
             apart = columns[rows, n_own:] - columns[rows, :n_own] @ gains[k]
-            doubt[rows] = quadratic(columns[rows, :n_own], inverses[k]) + quadratic(apart, covariance)
+            doubt[rows] = _quadratic(columns[rows, :n_own], inverses[k]) + _quadratic(apart, covariance)
         own_variance = np.einsum("kii->ki", inverses) + np.einsum("kij,jl,kil->ki", gains, covariance, gains)
         spreads = ((own**2 + own_variance).sum(axis=0) + PRIOR_KEYS * SPREADS**2) / (n_keys + PRIOR_KEYS)
-        prior[SLOPE] = min(pooled[SLOPE] ** 2 + covariance[SLOPE, SLOPE], POOLED_DEVIATIONS[SLOPE] ** 2)
+        prior[-2] = min(pooled[-2] ** 2 + covariance[-2, -2], SLOPE_DEVIATION**2)
         squares = square * variance + weight * doubt
         parts_before = parts
         parts = _parts(terms / noise[:, None], squares / key_noise[code] / noise)
         key_noise = np.add.reduceat(squares / (terms @ parts + floor), runs.starts)
         key_noise = (key_noise + PRIOR_RUNS) / (counts + PRIOR_RUNS)
         apart = at_centre - base[:, None] * gains[:, 0]
-        error = np.sqrt(base**2 * inverses[:, 0, 0] + quadratic(apart, covariance))
+        error = np.sqrt(base**2 * inverses[:, 0, 0] + _quadratic(apart, covariance))
         level = at_centre @ pooled + base * own[:, 0]
         settled = abs(parts.sum() - parts_before.sum()) <= SETTLED * parts.sum() + LEAST_NOISE**2
         if settled and np.all(np.abs(level - previous) < TOLERANCE * error):
@@ -112,25 +137,25 @@ def fit_steps(runs: SubtractedRuns) -> StepFit:
     return StepFit(pooled, own, base, covariance, inverses, gains, np.sqrt(variance), spread)
 
 
-def shared_columns(runs: SubtractedRuns, code: Integers, kv_len: Floats) -> Floats:
+def shared_columns(runs: RunTotals, code: Integers, kv_len: Floats) -> Floats:
     """Coefficients of the pooled part for one step of keys `code` at `kv_len`; none of the offset."""
     structure = runs.structure[code]
-    # KV cache is read once per block: the slope goes with the number of blocks.
+    # KV cache is read once per block: the slope goes with what repeats the work.
     slope = (1 + structure[:, 1]) * (kv_len / runs.middle - 1)
     return np.column_stack([structure, slope, np.zeros(len(code))])
 
 
-def _own_columns(runs: SubtractedRuns) -> Floats:
+def _own_columns(runs: RunTotals) -> Floats:
     """Coefficients per run of a key's own level, tilt and bend, all relative to its base, and offset."""
     centre, reach = runs.centre[runs.code], runs.reach[runs.code]
     first = np.maximum(runs.prompt + 1, centre)
     last = runs.prompt + runs.steps
     beyond = np.maximum(last - first + 1, 0) * ((first + last) / 2 - centre)
     tilt = runs.steps * (runs.mean_kv - centre)
-    return np.column_stack([runs.steps, tilt / reach, beyond / reach, runs.prefill])
+    return np.column_stack([runs.steps, tilt / reach, beyond / reach, runs.subtracted])
 
 
-def quadratic(rows: Floats, matrix: Floats) -> Floats:
+def _quadratic(rows: Floats, matrix: Floats) -> Floats:
     """Row by row, ``r·M·r``; not below zero, where rounding would leave it."""
     product: Floats = np.maximum(np.einsum("ij,ij->i", rows @ matrix, rows), 0.0)
     return product
@@ -140,6 +165,7 @@ def _parts(shares: Floats, squares: Floats) -> Floats:
     """Non-negative least squares by the normal equations, of which there are only as many as columns."""
     gram = shares.T @ shares
     size = np.sqrt(np.diag(gram))
+    size[size == 0] = 1.0
     root = np.linalg.cholesky(gram / np.outer(size, size) + 1e-9 * np.eye(len(size)))
     found, _ = optimize.nnls(root.T, np.linalg.solve(root, shares.T @ squares / size))
     parts: Floats = found / size

@@ -9,34 +9,34 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import special
 
-from lutest.builder.fit.step_model import FREEDOM, LEAST_SHARE, StepFit, fit_steps, quadratic, shared_columns
-from lutest.builder.fit.subtracted_runs import SubtractedRuns, read_subtracted_runs, slices_of_keys
-from lutest.reader.names import KEY_COLUMNS, quantile_column
+from lutest.builder.fit.observations import Floats, Integers, KeyAxes
+from lutest.builder.fit.step_model import FREEDOM, LEAST_SHARE, RunTotals, StepFit, fit_steps, shared_columns
+from lutest.reader.names import quantile_column
 
-__all__ = ["identify", "recover_step_curve"]
+__all__ = ["recover_step_curve"]
 
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
-KEYS = list(KEY_COLUMNS)
 FEW_RUNS, LARGEST_SPREAD = 10, 0.15  # with fewer informative runs in all, the spread of a step is hardly known
 INFORMATIVE = 2.0  # a run says something of its key's step when its decode is this many times its noise
 
 
-def recover_step_curve(run_sample: pd.DataFrame, quantiles: Sequence[float]) -> pd.DataFrame:
+def recover_step_curve(run_sample: pd.DataFrame, axes: KeyAxes, quantiles: Sequence[float]) -> pd.DataFrame:
     """Fit the decode step over KV length to run totals.
 
     Parameters
     ----------
     run_sample : DataFrame
         Runs as the aggregation writes them; those with ``timed`` set are not read.
+    axes : KeyAxes
+        Of all keys, by key_id.
     quantiles : sequence of float
         Levels, ascending, each in (0, 1).
 
     Returns
     -------
     DataFrame
-        ``tier, top_k, num_blocks, kv_len, n, pXX_ms …, source``: two or three knots per key that has untimed runs of
+        ``key_id, kv_len, n, pXX_ms …, source``: two or three knots per key that has untimed runs of
         two tokens or more, from the least to the largest KV length that its runs covered. ``source`` is
         ``interpolated``, or ``extrapolated`` for a key whose own runs say next to nothing, so that its curve is that
         of the other keys.
@@ -67,72 +67,28 @@ def recover_step_curve(run_sample: pd.DataFrame, quantiles: Sequence[float]) -> 
     Stat. Assoc. 84, 881-896. D. J. C. MacKay (1992), Neural Computation 4, 415-447.
     """
     columns = [quantile_column(q) for q in quantiles]
-    runs = read_subtracted_runs(run_sample)
+    runs = _read_run_totals(run_sample, axes)
     if runs is None:
-        empty = pd.DataFrame({column: np.empty(0) for column in columns})
-        places = pd.DataFrame({"kv_len": np.empty(0, dtype=np.int64), "n": np.empty(0, dtype=np.int64)})
-        return pd.concat([run_sample[KEYS].iloc[:0], places, empty], axis=1).assign(source=pd.Series(dtype=object))
+        return pd.DataFrame(columns=["key_id", "kv_len", "n", *columns, "source"])
     fit = fit_steps(runs)
     informative = _informative(runs, fit)
     spread = fit.spread if informative.sum() >= FEW_RUNS else min(fit.spread, LARGEST_SPREAD)
     factors = np.exp(special.stdtrit(FREEDOM, np.asarray(quantiles, dtype=float)) * spread)
     curves = []
-    for k, rows in enumerate(slices_of_keys(runs)):
+    for k, rows in enumerate(runs.slices):
         several = runs.steps[rows] > 0
         first = runs.prompt[rows][several] + 1
         last = first + runs.steps[rows][several].astype(np.int64) - 1
         least, largest = int(first.min()), int(last.max())
         knots = np.unique(np.array([least, runs.centre[k], largest], dtype=np.int64))
-        curve = pd.DataFrame({"kv_len": knots, "n": _steps_near(knots, first, last)})
+        curve = pd.DataFrame({"key_id": runs.key_ids[k], "kv_len": knots, "n": _steps_near(knots, first, last)})
         curve[columns] = np.outer(_curve_ms(runs, fit, k, knots.astype(float)), factors)
         curve["source"] = "interpolated" if informative[k] else "extrapolated"
-        for place, column in enumerate(KEYS):
-            curve.insert(place, column, runs.keys[column].iloc[k])
         curves.append(curve)
     return pd.concat(curves, ignore_index=True)
 
 
-def identify(run_sample: pd.DataFrame) -> pd.DataFrame:
-    """Tell how much of a key's decode step its run totals determine.
-
-    Parameters
-    ----------
-    run_sample : DataFrame
-        As for `recover_step_curve`.
-
-    Returns
-    -------
-    DataFrame
-        One row per key: ``n`` runs of two tokens or more, ``n_clamped`` among them with no value before clamping,
-        ``n_informative`` with a decode of at least twice their noise, ``base_ms`` (the P50 step at the mean KV length)
-        and ``slope_ms`` per token of KV length, each with its standard error ``…_error_ms`` (other keys' runs
-        counted), and ``offset_ms``, the part of decode_ms that belongs to no step.
-    """
-    runs = read_subtracted_runs(run_sample)
-    columns = ["base_ms", "base_error_ms", "slope_ms", "slope_error_ms", "offset_ms"]
-    if runs is None:
-        return run_sample[KEYS].iloc[:0].assign(**dict.fromkeys(["n", "n_clamped", "n_informative", *columns], 0.0))
-    fit = fit_steps(runs)
-    figures = []
-    for k in range(len(runs.starts)):
-        lean = fit.base[k] / runs.reach[k]
-        at_centre = shared_columns(runs, np.array([k]), runs.centre[[k]])[0]
-        per_token = shared_columns(runs, np.array([k]), runs.centre[[k]] + 1.0)[0] - at_centre
-        base, base_error = _combine(fit, k, at_centre, np.array([fit.base[k], 0.0, 0.0, 0.0]))
-        # Half of the bend: the mean of the slopes on both sides of the centre.
-        slope, slope_error = _combine(fit, k, per_token, np.array([0.0, lean, lean / 2, 0.0]))
-        offset = (fit.pooled[-1] + fit.own[k, -1]) * runs.prefill[runs.starts[k]]
-        figures.append(np.array([base, base_error, slope, slope_error, offset]) * runs.level_ms)
-    several = runs.steps > 0
-    found = runs.keys.copy()
-    found["n"] = np.add.reduceat(several.astype(np.int64), runs.starts)
-    found["n_clamped"] = np.add.reduceat((several & runs.censored).astype(np.int64), runs.starts)
-    found["n_informative"] = _informative(runs, fit)
-    found[columns] = np.array(figures)
-    return found
-
-
-def _curve_ms(runs: SubtractedRuns, fit: StepFit, k: int, kv_len: Floats) -> Floats:
+def _curve_ms(runs: RunTotals, fit: StepFit, k: int, kv_len: Floats) -> Floats:
     away = (kv_len - runs.centre[k]) / runs.reach[k]
     own = fit.own[k, 0] + fit.own[k, 1] * away + fit.own[k, 2] * np.maximum(away, 0)
     step = shared_columns(runs, np.full(len(kv_len), k), kv_len) @ fit.pooled + fit.base[k] * own
@@ -140,14 +96,7 @@ def _curve_ms(runs: SubtractedRuns, fit: StepFit, k: int, kv_len: Floats) -> Flo
     return curve
 
 
-def _combine(fit: StepFit, k: int, pooled: Floats, own: Floats) -> tuple[float, float]:
-    """Value and standard error of a linear combination of the pooled part and the own part of key `k`."""
-    left_over = pooled - own @ fit.gains[k]
-    variance = quadratic(own[None], fit.inverses[k]) + quadratic(left_over[None], fit.covariance)
-    return float(pooled @ fit.pooled + own @ fit.own[k]), float(np.sqrt(variance[0]))
-
-
-def _informative(runs: SubtractedRuns, fit: StepFit) -> Integers:
+def _informative(runs: RunTotals, fit: StepFit) -> Integers:
     """Runs per key whose decode stands out of their noise."""
     decode = runs.steps * fit.base[runs.code]
     clear = ~runs.censored & (runs.steps > 0) & (decode >= INFORMATIVE * fit.scale)
@@ -159,3 +108,84 @@ def _steps_near(knots: Integers, first: Integers, last: Integers) -> Integers:
     edges = (knots[1:] + knots[:-1]) // 2
     upto = [int(np.clip(edge - first + 1, 0, last - first + 1).sum()) for edge in edges]
     return np.diff([0, *upto, int((last - first + 1).sum())]).astype(np.int64)
+
+
+def _read_run_totals(run_sample: pd.DataFrame, axes: KeyAxes) -> RunTotals | None:
+    """Runs that were not timed step by step, of keys that have decode; None where no decode is above zero."""
+    table = run_sample[~run_sample["timed"].to_numpy(dtype=bool)]
+    table = table[(table["output_tokens"] >= 2).groupby(table["key_id"]).transform("any").astype(bool)]
+    order = ["key_id", "prompt_tokens", "output_tokens", "decode_ms", "total_ms", "prefill_ms"]
+    table = table.sort_values(order, kind="mergesort", ignore_index=True)
+    value, censored, usable = _values(table)
+    table, value, censored = table[usable], value[usable], censored[usable]
+    steps = table["output_tokens"].to_numpy(dtype=float) - 1.0
+    several = steps > 0
+    level = _level(value[several], steps[several])
+    if level is None:
+        return None
+    code = table.groupby("key_id", sort=False).ngroup().to_numpy(dtype=np.int64)
+    starts = np.flatnonzero(np.diff(code, prepend=-1)).astype(np.int64)
+    key_ids = table["key_id"].to_numpy(dtype=np.int64)[starts]
+    prompt = table["prompt_tokens"].to_numpy(dtype=np.int64)
+    mean_kv = prompt + (steps + 1) / 2
+    weight = np.add.reduceat(steps, starts)
+    centre = np.rint(np.add.reduceat(steps * mean_kv, starts) / weight)
+    within = np.maximum(steps**2 - 1, 0) / 12  # variance of the KV lengths of one run
+    reach = np.sqrt(np.add.reduceat(steps * ((mean_kv - centre[code]) ** 2 + within), starts) / weight)
+    prefill = table.groupby(code)["prefill_ms"].median().to_numpy(dtype=float)
+    return RunTotals(
+        key_ids=key_ids,
+        level_ms=level,
+        starts=starts,
+        code=code,
+        prompt=prompt,
+        steps=steps,
+        mean_kv=mean_kv,
+        value=value / level,
+        censored=censored,
+        subtracted=np.where(table["one_pass"], 0.0, prefill[code]) / level,
+        centre=centre,
+        reach=np.maximum(reach, 1.0),
+        middle=float(np.average(mean_kv, weights=steps)),
+        structure=_structure(axes.of(key_ids).numbers),
+    )
+
+
+def _values(table: pd.DataFrame) -> tuple[Floats, Flags, Flags]:
+    """Decode before clamping as far as it is known, where it is cut off at zero, and which runs are of use."""
+    decode = table["decode_ms"].to_numpy(dtype=float)
+    prefill = table["prefill_ms"].to_numpy(dtype=float)
+    total = table["total_ms"].to_numpy(dtype=float)
+    difference = total - prefill
+    subtracted = ~table["one_pass"].to_numpy(dtype=bool)
+    zero = decode <= 0
+    # A total tells a clamped value only if it is what decode was taken from: then both agree wherever none was clamped.
+    agree = np.abs(difference - decode)[subtracted & ~zero] <= 0.01 * total[subtracted & ~zero]
+    told = table["total_given"].to_numpy(dtype=bool) & (len(agree) == 0 or bool(np.mean(agree) > 0.9))
+    below = subtracted & zero & told & (difference < -1e-6 * prefill)
+    # One-token runs show the offset if decode is what subtraction left; zeros all over are zeros by definition.
+    single = table["output_tokens"].to_numpy() < 2
+    bare = bool(np.any(subtracted & single & (~zero | below)))
+    return np.where(below, difference, decode), zero & ~below, ~single | (subtracted & bare)
+
+
+def _level(value: Floats, steps: Floats) -> float | None:
+    """Typical step, in milliseconds, as the unit of all times; None where all runs are clamped."""
+    if not np.any(value > 0):
+        return None
+    order = np.argsort(value / steps, kind="stable")
+    reached = np.cumsum(steps[order])
+    median = float((value / steps)[order][np.searchsorted(reached, reached[-1] / 2)])
+    return median if median > 0 else float(value[value > 0].sum() / steps.sum())
+
+
+def _structure(numbers: Floats) -> Floats:
+    """What keys share of a step: linear in their numbers, relative to the middle of their ranges.
+
+    As for prefill the last number repeats the work, and with it what the others do.
+    """
+    one = np.ones(numbers.shape[1])
+    middles = [(column.min() + column.max()) / 2 for column in numbers]
+    relative = [n / middle - 1.0 if middle > 0 else 0 * n for n, middle in zip(numbers, middles, strict=True)]
+    *others, last = relative or [0 * one]
+    return np.column_stack([one, last, *others, *(last * other for other in others)])

@@ -13,22 +13,21 @@ import duckdb
 import pandas as pd
 
 from lutest.reader.errors import SourceError
-from lutest.runs.sources.csv_runs import read_csv
+from lutest.runs.sources.aiperf import aiperf_summary
 from lutest.runs.sources.discovery import list_sources, printable, show_path, storable, unreadable
-from lutest.runs.sources.frames import hash_frame, read_frame
 from lutest.runs.sources.json_runs import read_json, read_json_lines
 from lutest.runs.sources.parquet import read_parquet
 from lutest.runs.sources.run_rows import RunWriter, SourceFields, create_raw_runs, field_column
-from lutest.runs.sources.served import ServedSource
-from lutest.runs.sources.served_columns import check_served_columns
+from lutest.runs.sources.served import MEASURED
+from lutest.runs.sources.tabular import hash_frame, read_csv, read_frame
 
 __all__ = [
-    "ServedSource",
+    "MEASURED",
     "Source",
     "SourceFields",
-    "check_served_columns",
     "field_column",
     "list_sources",
+    "listed",
     "printable",
     "read_sources",
 ]
@@ -51,6 +50,11 @@ class _Found:
     modified_ns: int = 0
 
 
+def listed(runs: Source | Sequence[Source]) -> list[Source]:
+    """One source, or several, as a list."""
+    return [runs] if isinstance(runs, str | os.PathLike | pd.DataFrame) else list(runs)
+
+
 def read_sources(
     connection: duckdb.DuckDBPyConnection,
     sources: Sequence[Source],
@@ -58,7 +62,7 @@ def read_sources(
     *,
     base: Path,
     progress: Progress | None = None,
-) -> list[ServedSource]:
+) -> None:
     """Read every run of every source into the tables ``source_files`` and ``raw_runs``.
 
     Parameters
@@ -73,11 +77,6 @@ def read_sources(
         Folder that relative paths are relative to.
     progress : callable, optional
         Called now and then with the source, and with the bytes done and to do of all files together.
-
-    Returns
-    -------
-    list of ServedSource
-        The files among them that a load generator wrote.
 
     Raises
     ------
@@ -103,30 +102,29 @@ def read_sources(
     create_raw_runs(connection, fields)
     connection.execute(
         "CREATE OR REPLACE TABLE source_files "
-        "(source_id INTEGER, path VARCHAR, sha256 VARCHAR, folder VARCHAR, rows_read BIGINT)"
+        "(source_id INTEGER, path VARCHAR, sha256 VARCHAR, folder VARCHAR, rows_read BIGINT, "
+        "tool VARCHAR, fields VARCHAR[])"
     )
     # 0: DuckDB takes object columns for text and does not guess their type from the first rows
     setting = connection.execute("SELECT current_setting('pandas_analyze_sample')").fetchone()
     connection.execute("SET pandas_analyze_sample = 0")
-    served: list[ServedSource] = []
     try:
         done_bytes = 0
         for source_id, source in enumerate(found, 1):
             report = _reporter(progress, source, done_bytes, total_bytes)
             report(0)
-            rows, tool = _read_source(connection, source_id, source, fields, report)
-            if tool is not None:
-                served.append(ServedSource(source_id, printable(source.shown), tool))
+            writer = RunWriter(connection, source_id, fields)
+            _read_source(connection, source, fields, writer, report)
+            writer.flush()
             connection.execute(
-                "INSERT INTO source_files VALUES (?, ?, ?, ?, ?)",
-                [source_id, source.shown, source.sha256, source.folder, rows],
+                "INSERT INTO source_files VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [source_id, source.shown, source.sha256, source.folder, writer.rows, writer.tool, list(writer.names)],
             )
             report(source.size_bytes)
             done_bytes += source.size_bytes
     finally:
         if setting is not None:
             connection.execute(f"SET pandas_analyze_sample = {int(setting[0])}")
-    return served
 
 
 def _check_fields(fields: SourceFields) -> None:
@@ -147,63 +145,58 @@ def _reporter(progress: Progress | None, source: _Found, done: int, total: int) 
 def _hash_file(path: Path, root: Path) -> _Found:
     shown = show_path(path, root)
     digest = hashlib.sha256()
-    size = 0
     try:
         with path.open("rb") as stream:
-            modified_ns = os.fstat(stream.fileno()).st_mtime_ns
+            status = os.fstat(stream.fileno())
             while chunk := stream.read(HASH_CHUNK_BYTES):
                 digest.update(chunk)
-                size += len(chunk)
+        if path.suffix.lower() == ".jsonl" and (beside := aiperf_summary(path)).is_file():
+            digest.update(beside.read_bytes())  # is read with it
     except OSError as error:
         raise unreadable(printable(shown), error) from None
-    if size == 0:
+    if status.st_size == 0:
         raise SourceError(f"{printable(shown)}: the file is empty")
-    return _Found(digest.hexdigest(), shown, storable(path.parent.name), path, size, modified_ns)
+    return _Found(digest.hexdigest(), shown, storable(path.parent.name), path, status.st_size, status.st_mtime_ns)
 
 
 def _read_source(
     connection: duckdb.DuckDBPyConnection,
-    source_id: int,
     source: _Found,
     fields: SourceFields,
+    writer: RunWriter,
     report: Callable[[int], None],
-) -> tuple[int, str | None]:
-    """Read one source; how many runs it has, and the load generator that wrote it."""
+) -> None:
     shown = printable(source.shown)
     if isinstance(source.content, pd.DataFrame):
-        writer = RunWriter(connection, source_id, fields)
         read_frame(source.content, shown, fields, writer)
-        writer.flush()
-        return writer.rows, None
+        return
     try:
-        rows, tool = _read_file(connection, source_id, source.content, shown, fields, report)
+        _read_file(connection, source.content, shown, fields, writer, report)
         status = source.content.stat()
     except OSError as error:
         raise unreadable(shown, error) from None
     if (status.st_size, status.st_mtime_ns) != (source.size_bytes, source.modified_ns):
         raise SourceError(f"{shown}: the file changed while it was read; build again once it is complete")
-    return rows, tool
 
 
 def _read_file(
     connection: duckdb.DuckDBPyConnection,
-    source_id: int,
     path: Path,
     shown: str,
     fields: SourceFields,
+    writer: RunWriter,
     report: Callable[[int], None],
-) -> tuple[int, str | None]:
+) -> None:
     ending = path.suffix.lower()
     if ending == ".parquet":
-        return read_parquet(connection, path, shown, source_id, fields), None
-    tool = None
+        read_parquet(connection, path, shown, fields, writer)
+        return
     with path.open("rb") as stream:
-        writer = RunWriter(connection, source_id, fields, lambda: report(stream.tell()))
+        writer.on_flush = lambda: report(stream.tell())
         if ending == ".json":
-            tool = read_json(stream, shown, fields, writer)
+            read_json(stream, shown, fields, writer)
         elif ending == ".csv":
             read_csv(stream, shown, fields, writer)
         else:
-            tool = read_json_lines(stream, shown, fields, writer)
+            read_json_lines(stream, shown, fields, writer)
         writer.flush()
-        return writer.rows, tool

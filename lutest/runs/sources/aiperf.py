@@ -9,6 +9,7 @@ AIPerf writes one record a line: ``metadata``, ``metrics`` (each with ``value`` 
   where the server reports those. It is not read.
 - Tokens are the server's counts (``usage_prompt_tokens``, ``usage_completion_tokens``) where a record has them, else
   AIPerf's own (``input_sequence_length``, ``output_sequence_length``), which know nothing of a chat template.
+- Rate and concurrency stand in the summary beside it, ``profile_export_aiperf.json``.
 
 GenAI-Perf's file holds, for each request, when it was sent, and when each chunk came and what it was (nanoseconds); its
 means, such as (request latency − TTFT) / (n − 1) for the inter-token latency, are not in the file. Prefill and gaps are
@@ -21,13 +22,24 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from lutest.runs.sources.json_stream import JsonText
 from lutest.runs.sources.run_rows import brief
-from lutest.runs.sources.served import Row, UnusableRequestError, last_line, number, numbers, served_run
+from lutest.runs.sources.served import (
+    Row,
+    UnusableRequestError,
+    inner,
+    last_line,
+    load_fields,
+    number,
+    numbers,
+    served_run,
+)
 
-__all__ = ["aiperf_row", "is_aiperf_record", "read_genai_perf"]
+__all__ = ["aiperf_row", "aiperf_summary", "is_aiperf_record", "read_aiperf_load", "read_genai_perf"]
 
 _MILLISECONDS = {"ns": 1e-6, "us": 1e-3, "ms": 1.0, "sec": 1e3, "s": 1e3}
 _NS = 1e-6
@@ -40,8 +52,30 @@ def is_aiperf_record(line: Mapping[str, object]) -> bool:
     return named and isinstance(line.get("metrics"), dict)
 
 
-def aiperf_row(record: Mapping[str, object]) -> Row:
-    """A run of one record, or why it is none."""
+def aiperf_summary(path: str | os.PathLike[str]) -> Path:
+    """The summary that AIPerf writes beside a file of records, ``profile_export_aiperf.json``."""
+    return Path(path).with_name(f"{Path(path).stem}_aiperf.json")
+
+
+def read_aiperf_load(path: str | os.PathLike[str]) -> dict[str, object]:
+    """What the summary beside a file of records says of the load; nothing where there is none."""
+    try:
+        summary = json.loads(aiperf_summary(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    config = inner(summary, "input_config")
+    phases = config.get("phases")
+    phase = inner(config, "loadgen")  # of early versions
+    for candidate in phases if isinstance(phases, list) else []:
+        if isinstance(candidate, dict) and "warmup" not in (candidate.get("kind"), candidate.get("name")):
+            phase = candidate
+    rate = phase.get("rate", phase.get("request_rate"))
+    strategy = phase.get("type") or ("concurrency" if rate is None else phase.get("request_rate_mode"))
+    return load_fields(strategy, rate, phase.get("concurrency"), inner(summary, "request_throughput").get("avg"))
+
+
+def aiperf_row(record: Mapping[str, object], load: Mapping[str, object]) -> Row:
+    """A run of one record under that load, or why it is none."""
     metadata, metrics = record["metadata"], record["metrics"]
     assert isinstance(metadata, dict)
     assert isinstance(metrics, dict)
@@ -63,23 +97,19 @@ def aiperf_row(record: Mapping[str, object]) -> Row:
             latency_ms - prefill_ms,
             _gaps_ms(metrics),
             sample_id=metadata.get("x_request_id"),
+            **load,
         )
     except UnusableRequestError as unusable:
         return str(unusable)
 
 
-def _metric(metrics: Mapping[str, object], name: str) -> Mapping[str, object]:
-    metric = metrics.get(name)
-    return metric if isinstance(metric, dict) else {}
-
-
 def _count(metrics: Mapping[str, object], server: str, own: str) -> object:
-    value = _metric(metrics, server).get("value")
-    return _metric(metrics, own).get("value") if value is None else value
+    value = inner(metrics, server).get("value")
+    return inner(metrics, own).get("value") if value is None else value
 
 
 def _time_ms(metrics: Mapping[str, object], name: str) -> float:
-    metric = _metric(metrics, name)
+    metric = inner(metrics, name)
     return number(metric.get("value"), name) * _milliseconds(metric, name)
 
 
@@ -87,7 +117,7 @@ def _gaps_ms(metrics: Mapping[str, object]) -> list[float] | None:
     name = "inter_chunk_latency"
     if name not in metrics:
         return None
-    metric = _metric(metrics, name)
+    metric = inner(metrics, name)
     return [gap * _milliseconds(metric, name) for gap in numbers(metric.get("value"), name)]
 
 

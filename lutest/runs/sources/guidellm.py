@@ -7,7 +7,8 @@
   ends with the stream, some time after the last token; less TTFT it stands in where a file has no timestamps.
 - ``time_per_output_token_ms`` divides by n and includes TTFT: it is no decode step, and is not read.
 - ``inter_token_latency_ms`` is a mean over n − 1 gaps, and null for one token; it is not read either.
-- There are no single gaps, so runs have a ``decode_ms`` and no steps.
+- There are no single gaps, so runs have a total and no steps.
+- Strategy, rate and streams stand in the ``config`` of each benchmark (``args`` before 0.4).
 
 ``--label tier=low --label top_k=8 --label num_blocks=16`` writes the configuration into the file, where it is found.
 """
@@ -18,7 +19,16 @@ from collections.abc import Collection, Iterator, Mapping
 
 from lutest.runs.sources.json_stream import JsonText
 from lutest.runs.sources.run_rows import brief
-from lutest.runs.sources.served import Row, UnusableRequestError, labels, last_line, number, served_run
+from lutest.runs.sources.served import (
+    Row,
+    UnusableRequestError,
+    inner,
+    labels,
+    last_line,
+    load_fields,
+    number,
+    served_run,
+)
 
 __all__ = ["read_guidellm"]
 
@@ -64,45 +74,56 @@ def read_guidellm(text: JsonText, wanted: Collection[str]) -> Iterator[Row]:
 
 def _shared(config: object, wanted: Collection[str]) -> dict[str, object]:
     """Model and labels of all requests."""
-    backend = _inner(_inner(config, "spec"), "backend")
-    model = backend.get("model") or _inner(config).get("model")
-    found = labels(_inner(_inner(config, "metadata"), "labels"), wanted)
+    backend = inner(inner(config, "spec"), "backend")
+    model = backend.get("model") or inner(config).get("model")
+    found = labels(inner(inner(config, "metadata"), "labels"), wanted)
     return {"model": model, **found} if isinstance(model, str) else found
-
-
-def _inner(value: object, *path: str) -> Mapping[str, object]:
-    """The object at a path within `value`; an empty one where there is none."""
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value if isinstance(value, dict) else {}
 
 
 def _benchmark(text: JsonText) -> Iterator[Row]:
     if text.peek() != "{":
         yield f"the benchmark is {brief(text.value())}, not an object"
         return
+    strategy: Mapping[str, object] = {}
+    state: Mapping[str, object] = {}
     for key in text.members():
-        if key == "requests" and text.peek() == "{":
+        if key in ("config", "args"):  # stand before the requests
+            strategy = inner(text.value(), "strategy")
+        elif key == "scheduler_state":
+            state = inner(text.value())
+        elif key == "requests" and text.peek() == "{":
+            load = _load(strategy, state)
             for status in text.members():
                 if text.peek() != "[":
                     text.skip()
                     continue
                 for _ in text.elements():
-                    yield _row(status, text.value())
+                    row = _row(status, text.value())
+                    yield row if isinstance(row, str) else {**row, **load}
         else:
             text.skip()
+
+
+def _load(strategy: Mapping[str, object], state: Mapping[str, object]) -> dict[str, object]:
+    try:
+        seconds = number(state.get("end_requests_time"), "") - number(state.get("start_requests_time"), "")
+        achieved = number(state.get("successful_requests"), "") / seconds
+    except (UnusableRequestError, ZeroDivisionError):
+        achieved = None
+    concurrency = strategy.get("streams") or strategy.get("max_concurrency")
+    return load_fields(strategy.get("type_"), strategy.get("rate"), concurrency, achieved)
 
 
 def _row(status: str, request: object) -> Row:
     if not isinstance(request, dict):
         return f"the request is {brief(request)}, not an object"
-    information = _inner(request, "info")
+    information = inner(request, "info")
     if status == "incomplete":
         return "the request was not complete when the benchmark ended"
     if status != "successful":
         return f"the request failed: {last_line(information.get('error') or request.get('error'))}"
     try:
-        return _run(request, _inner(information, "timings"))
+        return _run(request, inner(information, "timings"))
     except UnusableRequestError as error:
         return str(error)
 

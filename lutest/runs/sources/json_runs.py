@@ -1,32 +1,93 @@
-"""Runs of JSON files, of one value or of one a line, those of load generators included."""
+"""Runs of JSON files, of one value or of one a line, those of load generators included; see `served` for these."""
 
 from __future__ import annotations
 
 import codecs
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
 from lutest.reader.errors import SourceError
+from lutest.runs.sources.aiperf import aiperf_row, is_aiperf_record, read_aiperf_load, read_genai_perf
+from lutest.runs.sources.guidellm import read_guidellm
 from lutest.runs.sources.json_stream import RESULTS, Configuration, JsonText, read_runs
+from lutest.runs.sources.llmperf import LLMPERF_FIELDS, read_llmperf
 from lutest.runs.sources.run_rows import HELD_NULL, RunWriter, SourceFields, brief
 from lutest.runs.sources.served import Row
-from lutest.runs.sources.serving_tools import open_served, served_line
-from lutest.runs.sources.text_lines import without_bom
+from lutest.runs.sources.vllm import COLUMNS, SUMMARY, read_vllm, vllm_rows
 
 __all__ = ["read_json", "read_json_lines"]
 
+_AIPERF_SUMMARY = "aiperf_version"
 
-def read_json(stream: BinaryIO, shown: str, fields: SourceFields, writer: RunWriter) -> str | None:
-    """Read a file of one JSON value; the load generator that wrote it, None for other files."""
-    served = open_served(stream, shown, os.fstat(stream.fileno()).st_size, fields.scalars)
-    if served is None:
+
+def read_json(stream: BinaryIO, shown: str, fields: SourceFields, writer: RunWriter) -> None:
+    """Read a file of one JSON value, which a load generator may have written: its content tells which."""
+    size_bytes = os.fstat(stream.fileno()).st_size
+    readers: dict[str, Callable[[JsonText], Iterator[Row]]] = {
+        "vLLM": lambda text: read_vllm(text, shown, size_bytes, fields.scalars),
+        "GuideLLM": lambda text: read_guidellm(text, fields.scalars),
+        "GenAI-Perf": read_genai_perf,
+        "LLMPerf": read_llmperf,
+        "AIPerf": lambda _: iter(["a summary of AIPerf, without its requests: they are in profile_export.jsonl"]),
+    }
+    try:
+        writer.tool = _recognise(JsonText(stream, shown))
+    except SourceError:  # not valid JSON, which its reader tells better
+        writer.tool = None
+    stream.seek(0)
+    if writer.tool is None:
         _read_configurations(stream, shown, fields, writer)
+    else:
+        _add_rows(readers[writer.tool](JsonText(stream, shown)), fields, writer)
+
+
+def _recognise(text: JsonText) -> str | None:
+    """The load generator that wrote a JSON value."""
+    if text.peek() == "[":
+        for _ in text.elements():
+            return "LLMPerf" if text.peek() == "{" and _has_fields(text, LLMPERF_FIELDS) else None
+    if text.peek() != "{":
         return None
-    tool, rows = served
-    _add_served(rows, fields, writer)
-    return tool
+    keys: set[str] = set()
+    for key in text.members():
+        if key == RESULTS:
+            return None
+        if key == "benchmarks":
+            return "GuideLLM" if _lists_requests(text, "{") else None
+        if key == "experiments":
+            return "GenAI-Perf" if _lists_requests(text, "[") else None
+        keys.add(key)
+        if keys >= COLUMNS:
+            return "vLLM"
+        text.skip()
+    return "vLLM" if keys >= SUMMARY else "AIPerf" if _AIPERF_SUMMARY in keys else None
+
+
+def _has_fields(text: JsonText, names: frozenset[str]) -> bool:
+    """Whether the object that comes next has all of `names`."""
+    missing = set(names)
+    for key in text.members():
+        missing.discard(key)
+        if not missing or key == RESULTS:
+            return not missing
+        text.skip()
+    return False
+
+
+def _lists_requests(text: JsonText, mark: str) -> bool:
+    """Whether a list of objects comes next whose first one has `requests` that begin with `mark`."""
+    if text.peek() != "[":
+        return False
+    for _ in text.elements():
+        if text.peek() != "{":
+            return False
+        for key in text.members():
+            if key == "requests":
+                return text.peek() == mark
+            text.skip()
+    return False
 
 
 def _read_configurations(stream: BinaryIO, shown: str, fields: SourceFields, writer: RunWriter) -> None:
@@ -34,6 +95,7 @@ def _read_configurations(stream: BinaryIO, shown: str, fields: SourceFields, wri
     first_row = 1
 
     def finish() -> None:
+        writer.note(current.names)
         if current.streamed:
             try:
                 writer.fill_header(first_row, current.header)
@@ -47,6 +109,8 @@ def _read_configurations(stream: BinaryIO, shown: str, fields: SourceFields, wri
         if not isinstance(run, dict):
             writer.add_problem(f"the run is {brief(run)}, not an object")
             continue
+        if writer.rows < first_row:
+            writer.note(run)
         scalars = [run.get(name) for name in fields.scalars]
         for index, value in enumerate(scalars):
             if value is None:
@@ -59,12 +123,14 @@ def _read_configurations(stream: BinaryIO, shown: str, fields: SourceFields, wri
     finish()
 
 
-def read_json_lines(stream: BinaryIO, shown: str, fields: SourceFields, writer: RunWriter) -> str | None:
-    """Read one run a line; the load generator that wrote the last line that one wrote."""
-    tool = None
-    for number, line in enumerate(without_bom(stream), 1):
-        if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise SourceError(f"{shown}: not UTF-8 text at byte offset 0: the file is UTF-16")
+def read_json_lines(stream: BinaryIO, shown: str, fields: SourceFields, writer: RunWriter) -> None:
+    """Read one run a line, or the requests of a line that a load generator wrote."""
+    load: dict[str, object] | None = None
+    for number, line in enumerate(stream, 1):
+        if number == 1:
+            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise SourceError(f"{shown}: not UTF-8 text at byte offset 0: the file is UTF-16")
+            line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         try:
@@ -82,17 +148,22 @@ def read_json_lines(stream: BinaryIO, shown: str, fields: SourceFields, writer: 
                 writer.add_problem(f"line {number} is {brief(run)}, not an object")
             elif RESULTS in run:
                 writer.add_problem(f"line {number} holds {RESULTS}: put one run on a line, or name the file .json")
-            elif found := served_line(run, fields.scalars):
-                tool, rows = found
-                _add_served(rows, fields, writer)
+            elif is_aiperf_record(run):
+                writer.tool = "AIPerf"
+                load = read_aiperf_load(stream.name) if load is None else load
+                _add_rows([aiperf_row(run, load)], fields, writer)
+            elif run.keys() >= COLUMNS:
+                writer.tool = "vLLM"
+                _add_rows(vllm_rows(run, fields.scalars), fields, writer)
             else:
-                _add_served([run], fields, writer)
-    return tool
+                _add_rows([run], fields, writer)
 
 
-def _add_served(rows: Iterable[Row], fields: SourceFields, writer: RunWriter) -> None:
+def _add_rows(rows: Iterable[Row], fields: SourceFields, writer: RunWriter) -> None:
     for row in rows:
         if isinstance(row, str):
             writer.add_problem(row)
         else:
+            if not writer.names:
+                writer.note(name for name, value in row.items() if value is not None)
             writer.add([row.get(name) for name in fields.scalars], [row.get(name) for name in fields.steps])

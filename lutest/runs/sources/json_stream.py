@@ -28,10 +28,11 @@ _LONGEST_ESCAPE = len(r"\ud800\udc00")
 class Configuration:
     """The header that runs share.
 
-    While a `streamed` one is read, `header` still grows: fields may stand after the runs.
+    While a `streamed` one is read, `header` and `names` still grow: fields may stand after the runs.
     """
 
     header: dict[str, object] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
     streamed: bool = False
 
 
@@ -243,7 +244,8 @@ def read_runs(text: JsonText, wanted: Collection[str]) -> Iterator[tuple[Configu
                 raise text.fault(f"{RESULTS} is not a list of runs")
             if text.gives_twice(RESULTS):
                 raise text.fault(f"{RESULTS} is given twice in one object")
-            configuration = Configuration({key: element[key] for key in wanted if key in element})
+            header = {key: element[key] for key in wanted if key in element}
+            configuration = Configuration(header, [key for key in element if key != RESULTS])
             for run in runs:
                 yield configuration, run
     else:
@@ -265,7 +267,9 @@ def _stream_configuration(text: JsonText, wanted: Collection[str]) -> Iterator[t
                 raise text.fault(f"{RESULTS} is not a list of runs")
             for _ in text.elements():
                 yield configuration, text.value()
-        elif key not in wanted:
+            continue
+        configuration.names.append(key)
+        if key not in wanted:
             text.skip()
         elif found and key in header:
             raise text.fault(f"the field {key!r} is given twice, before and after {RESULTS}")

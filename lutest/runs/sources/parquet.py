@@ -11,7 +11,7 @@ from pathlib import Path
 import duckdb
 
 from lutest.reader.errors import SourceError
-from lutest.reader.names import quote
+from lutest.reader.names import literal, quote
 from lutest.runs.sources.discovery import printable
 from lutest.runs.sources.run_rows import RunWriter, SourceFields, field_column
 
@@ -28,8 +28,8 @@ _FAILURES = (duckdb.Error, RuntimeError, ValueError, IndexError, OverflowError, 
 
 
 def read_parquet(
-    connection: duckdb.DuckDBPyConnection, path: Path, shown: str, source_id: int, fields: SourceFields
-) -> int:
+    connection: duckdb.DuckDBPyConnection, path: Path, shown: str, fields: SourceFields, writer: RunWriter
+) -> None:
     """Read a Parquet file of one row a run.
 
     Parameters
@@ -40,15 +40,10 @@ def read_parquet(
         The file.
     shown : str
         The file, for messages.
-    source_id : int
-        Number of the source.
     fields : SourceFields
         The fields to keep.
-
-    Returns
-    -------
-    int
-        Runs in the file.
+    writer : RunWriter
+        Takes the runs.
 
     Raises
     ------
@@ -58,9 +53,11 @@ def read_parquet(
     with _plainly_named(path) as name:
         try:
             types = _column_types(connection, name)
+            writer.note(types)
             if all(_NUMERIC.fullmatch(types[field]) for field in fields.steps if field in types):
-                return _insert(connection, name, source_id, fields, types)
-            return _insert_row_by_row(connection, name, source_id, fields, types)
+                writer.rows = _insert(connection, name, writer.source_id, fields, types)
+            else:
+                _insert_row_by_row(connection, name, fields, types, writer)
         except duckdb.TransactionException:  # the work database has no room: no fault of the file
             raise
         except _FAILURES as error:
@@ -125,7 +122,7 @@ def _insert(
     inner = _selection(types, [*_cells(fields, types), *columns])
     problem = _first_case(
         [
-            (f"contains(c{i}, chr(0))", _literal(f"the field {field!r} holds a NUL character"))
+            (f"contains(c{i}, chr(0))", literal(f"the field {field!r} holds a NUL character"))
             for i, field in enumerate(fields.scalars)
             if field in types
         ]
@@ -156,15 +153,10 @@ def _insert(
 
 
 def _insert_row_by_row(
-    connection: duckdb.DuckDBPyConnection,
-    name: str,
-    source_id: int,
-    fields: SourceFields,
-    types: dict[str, str],
-) -> int:
+    connection: duckdb.DuckDBPyConnection, name: str, fields: SourceFields, types: dict[str, str], writer: RunWriter
+) -> None:
     """Insert through Python: steps are text, or of types that need a look at each value."""
     steps = [f"{quote(field) if field in types else 'NULL'} AS s{i}" for i, field in enumerate(fields.steps)]
-    writer = RunWriter(connection, source_id, fields)
     scalars = len(fields.scalars)
     with connection.cursor() as reader:  # a result is lost when its own connection runs another statement
         query = _selection(types, [*_cells(fields, types), *steps])
@@ -172,8 +164,6 @@ def _insert_row_by_row(
         while rows := reader.fetchmany(FETCH_ROWS):
             for row in rows:
                 writer.add(row[1 : scalars + 1], row[scalars + 1 :])
-    writer.flush()
-    return writer.rows
 
 
 def _depth(kind: str) -> int:
@@ -189,7 +179,7 @@ def _first_case(cases: list[tuple[str, str]], kind: str = "VARCHAR") -> str:
 
 def _step_fault(column: str, field: str, depth: int) -> str:
     if depth == 0:
-        return f"{_literal(field + ' is ')} || {column}::VARCHAR || ', not a list of numbers'"
+        return f"{literal(field + ' is ')} || {column}::VARCHAR || ', not a list of numbers'"
     missing = "e IS NULL"
     if depth == 2:
         missing += " OR coalesce(list_position([y IS NULL FOR y IN e], true), 0) > 0"
@@ -207,7 +197,3 @@ def _positions(column: str, depth: int) -> str:
         return "NULL::INTEGER[]"
     numbered = f"flatten([[i FOR y IN {column}[i]] FOR i IN range(1, len({column}) + 1)])::INTEGER[]"
     return f"CASE WHEN list_position([len(e) <> 1 FOR e IN {column}], true) IS NOT NULL THEN {numbered} END"
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

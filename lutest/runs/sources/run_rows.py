@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import chain
@@ -23,6 +23,7 @@ __all__ = ["HELD_NULL", "RunWriter", "SourceFields", "brief", "create_raw_runs",
 BATCH_ROWS = 5_000
 BATCH_STEPS = 1_000_000
 BATCH_CHARACTERS = 8 << 20
+MOST_NAMES = 100
 
 HELD_NULL = object()
 _HELD_NULL_TEXT = "\0null"  # no readable cell holds a NUL character, so this stands for nothing else
@@ -205,24 +206,36 @@ class RunWriter:
         Number of the source.
     fields : SourceFields
         The fields of each run.
+
+    Attributes
+    ----------
+    rows : int
+        Runs added so far.
+    tool : str or None
+        The load generator that wrote the source.
+    names : dict
+        Names of fields that the source has, in the order in which they came, as keys.
     on_flush : callable
         Called after each batch.
     """
 
-    def __init__(
-        self,
-        connection: duckdb.DuckDBPyConnection,
-        source_id: int,
-        fields: SourceFields,
-        on_flush: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, connection: duckdb.DuckDBPyConnection, source_id: int, fields: SourceFields) -> None:
         self.rows = 0
+        self.tool: str | None = None
+        self.names: dict[str, None] = {}
+        self.on_flush: Callable[[], None] = lambda: None
+        self.source_id = source_id
         self._connection = connection
-        self._source_id = source_id
         self._fields = fields
-        self._on_flush = on_flush
         self._held_nulls: set[str] = set()
         self._clear()
+
+    def note(self, names: Iterable[object]) -> None:
+        """Remember names of fields, to tell people what there is."""
+        for name in names:
+            if len(self.names) >= MOST_NAMES:
+                return
+            self.names[f"{name:.80}" if isinstance(name, str) else brief(name)] = None
 
     def add(self, scalars: Sequence[object], steps: Sequence[object]) -> None:
         """Add a run: values in the order of the fields; of `steps` the first that is not None counts.
@@ -286,13 +299,13 @@ class RunWriter:
                     GROUP BY "row"
                 ) USING ("row")
                 ORDER BY "row" """,
-                [self._source_id],
+                [self.source_id],
             )
         finally:
             self._connection.unregister("_batch_runs")
             self._connection.unregister("_batch_steps")
         self._clear()
-        self._on_flush()
+        self.on_flush()
 
     def _clear(self) -> None:
         self._numbers: list[int] = []
@@ -363,5 +376,5 @@ class RunWriter:
         assignments = ", ".join(f"{column} = {expression.format(column)}" for column in columns.values())
         self._connection.execute(
             f'UPDATE raw_runs SET {assignments} WHERE source_id = ? AND "row" >= ? AND problem IS NULL',
-            [*cells.values(), self._source_id, first_row],
+            [*cells.values(), self.source_id, first_row],
         )

@@ -4,29 +4,33 @@ A load generator sees chunks of a stream, not steps of a model. From the time of
 
 - ``prefill_ms`` is the time to the first token (TTFT): from sending the request to the first chunk with content, any
   waiting in the server's queue included.
-- ``decode_ms`` is the time from the first chunk with content to the last. It is never made from a tool's average: what
-  is called TPOT or inter-token latency is an average over n − 1 gaps in one tool, over n in another.
+- ``total_ms`` is the time to the last chunk with content; what it has beyond TTFT is the decode time. That is never
+  made from a tool's average: what is called TPOT or inter-token latency is an average over n − 1 gaps in one tool, over
+  n in another, with or without the first token.
 - ``decode_steps_ms`` are the gaps between chunks where each chunk carried one token: n − 1 gaps for n tokens, none
   shorter than `CHUNKS_TOGETHER_MS`. Elsewhere (speculative decoding, servers that send several tokens at a time,
-  clients that read several chunks at once) a run has its ``decode_ms`` alone.
+  clients that read several chunks at once) a run has its total alone.
 - A run whose tokens all came at once has neither, and is left out with that reason.
+
+What a tool knows of the load stands in three fields, for whoever names them as key columns: ``strategy``, ``rate`` in
+requests a second (as asked for, else as achieved) and ``concurrency`` (requests at once, at most).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from lutest.runs.sources.run_rows import brief
 
 __all__ = [
     "MEASURED",
     "Row",
-    "ServedSource",
     "UnusableRequestError",
+    "inner",
     "labels",
     "last_line",
+    "load_fields",
     "number",
     "numbers",
     "served_run",
@@ -35,17 +39,8 @@ __all__ = [
 Row: TypeAlias = dict[str, object] | str  # a run, or why the request is none
 
 # The fields that come from measurements of the tool; a file's own metadata never stand for them.
-MEASURED = ("prompt_tokens", "output_tokens", "prefill_ms", "decode_ms", "decode_steps_ms")
+MEASURED = ("prompt_tokens", "output_tokens", "prefill_ms", "decode_ms", "decode_steps_ms", "total_ms")
 CHUNKS_TOGETHER_MS = 0.05  # no model decodes 20,000 tokens a second for one request: such chunks were read together
-
-
-@dataclass(frozen=True)
-class ServedSource:
-    """A file that a load generator wrote; its runs have canonical fields, with times in milliseconds."""
-
-    source_id: int
-    path: str
-    tool: str
 
 
 class UnusableRequestError(Exception):
@@ -98,8 +93,26 @@ def served_run(
     elif gaps and len(gaps) + 1 == output_tokens and all(gap >= CHUNKS_TOGETHER_MS for gap in gaps):
         run["decode_steps_ms"] = list(gaps)
     else:
-        run["decode_ms"] = decode_ms
+        run["total_ms"] = prefill_ms + decode_ms
     return run
+
+
+def load_fields(strategy: object, rate: object, concurrency: object, achieved: object) -> dict[str, object]:
+    """What a tool knows of the load; `achieved` requests a second stand in for a rate that was not asked for."""
+    if not _is_finite(rate):
+        rate = float(f"{achieved:.3g}") if _is_finite(achieved) else None
+    return {"strategy": strategy, "rate": rate, "concurrency": concurrency}
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and abs(value) < float("inf")
+
+
+def inner(value: object, *path: str) -> Mapping[str, object]:
+    """The object at a path within `value`; an empty one where there is none."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
 
 
 def number(value: object, name: str) -> float:

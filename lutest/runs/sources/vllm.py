@@ -10,7 +10,8 @@ such objects stand in one file.
   there are no single steps.
 - vLLM's TPOT is (latency − TTFT) / (n − 1), a mean; it is not read.
 
-``--metadata tier=low top_k=8 num_blocks=16`` writes the configuration into the file, where it is found.
+``--metadata tier=low top_k=8 num_blocks=16`` writes the configuration into the file, where it is found. All plain
+values of the file are fields too, such as ``request_rate``, ``max_concurrency`` and ``burstiness``.
 
 SGLang's ``bench_serving --output-details`` writes the same lists, one object a line. Its ``itls`` spread the time of a
 chunk evenly over its tokens, so they are no single steps, and only their sum is taken.
@@ -23,7 +24,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from lutest.reader.errors import SourceError
 from lutest.runs.sources.json_stream import JsonText
 from lutest.runs.sources.run_rows import brief
-from lutest.runs.sources.served import Row, UnusableRequestError, labels, last_line, number, numbers, served_run
+from lutest.runs.sources.served import (
+    Row,
+    UnusableRequestError,
+    labels,
+    last_line,
+    load_fields,
+    number,
+    numbers,
+    served_run,
+)
 
 __all__ = ["COLUMNS", "MAX_BYTES", "SUMMARY", "read_vllm", "vllm_rows"]
 
@@ -87,7 +97,10 @@ def vllm_rows(result: Mapping[str, object], wanted: Collection[str]) -> Iterator
     if len(set(lengths.values())) > 1:
         yield "lists of different lengths: " + ", ".join(f"{name} {length}" for name, length in lengths.items())
         return
-    shared = {"model": result.get("model_id"), **labels(result, wanted)}
+    rate = result.get("request_rate")  # the text "inf" where all requests are sent at once
+    strategy = "throughput" if rate == "inf" else "poisson" if result.get("burstiness") == 1 else "gamma"
+    load = load_fields(strategy, rate, result.get("max_concurrency"), result.get("request_throughput"))
+    shared = {"model": result.get("model_id"), **load, **labels(result, wanted)}
     single = "endpoint_type" in result  # SGLang has no such field
     for place in range(lengths["ttfts"]):
         request = {name: column[place] for name, column in columns.items()}

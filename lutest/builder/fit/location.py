@@ -1,20 +1,20 @@
-"""Centre of the logarithm of a latency: a shape that all keys share plus each key's own deviation, shrunk."""
+"""Location of the logarithm of a latency: a shape that all keys share plus a random effect of each key."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy import optimize
 
-from lutest.builder.fit.curve_shapes import KeyFunction, own_shape, shared_shape
-from lutest.builder.fit.observations import FOLDS, Observations
-from lutest.builder.fit.quantile_regression import weighted_quantile
+from lutest.builder.fit.observations import FOLDS, Floats, Integers, Observations
+from lutest.builder.fit.quantiles import weighted_quantile
 
-__all__ = ["FitState", "Location", "Model", "chosen_model", "fit_location"]
+__all__ = ["FitState", "KeyFunction", "Location", "Model", "chosen_model", "fit_location", "shared_shape"]
 
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
+KeyFunction = Callable[[Integers, Floats], Floats]
 
 _DEGREES_OF_FREEDOM = 4.0
 _SELECTION_ROWS = 4000
@@ -61,7 +61,7 @@ _MODELS = (
 
 
 def chosen_model(data: Observations) -> tuple[Model, FitState | None]:
-    limit = max(30, _SELECTION_ROWS // len(data.tiers))
+    limit = max(30, _SELECTION_ROWS // len(data.key_ids))
     sample = data.rows(_rank(data.key) < limit)
     if len(np.unique(sample.fold)) < 2:
         return _MODELS[0], None
@@ -94,7 +94,7 @@ def fit_location(data: Observations, model: Model, start: FitState | None, itera
     """Centre of log t by the EM algorithm for a mixed model with t-distributed errors."""
     shared, own = shared_shape(data, model.shared), own_shape(data, model.own)
     x, z = shared(data.key, data.place), own(data.key, data.place)
-    n_keys, n_shared, n_own = len(data.tiers), x.shape[1], z.shape[1]
+    n_keys, n_shared, n_own = len(data.key_ids), x.shape[1], z.shape[1]
     shift = weighted_quantile(data.log_ms, data.weight, 0.5)
     y = data.log_ms - shift
     total = max(float(np.average(y * y, weights=data.weight)), _LEAST_SCALE**2)
@@ -147,3 +147,94 @@ def fit_location(data: Observations, model: Model, start: FitState | None, itera
         return np.asarray(doubtful * (_DEGREES_OF_FREEDOM - 2) / _DEGREES_OF_FREEDOM)
 
     return Location(location, doubt, FitState(variance, own_variance))
+
+
+def _hinges(values: Floats, count: int) -> Floats:
+    return np.unique(np.quantile(values, (np.arange(count) + 1) / (count + 1)))
+
+
+def shared_shape(data: Observations, name: str) -> KeyFunction:
+    """Columns of a shape that all keys share, by its name: (key, place) → shape (n, p), the first column of ones."""
+    log_place = np.log(data.place)
+    centre, width = log_place.mean(), max(float(log_place.std()), 1e-9)
+    numbers = data.axes.scaled()
+    numbers = numbers - numbers.mean(axis=1, keepdims=True)
+    levels = data.axes.indicators(1)
+    hinges = (_hinges(log_place, 6) - centre) / width
+    cost = _cost_model(data) if name == "cost" else None
+
+    def columns(key: Integers, place: Floats) -> Floats:
+        a = (np.log(place) - centre) / width
+        sizes = list(numbers[:, key])
+        parts: list[Floats] = [np.ones_like(a)]
+        if name != "level":
+            parts += [a if cost is None else cost(key, place), *sizes]
+        if name in ("additive", "tiered", "spline"):
+            parts += list(levels[:, key])
+        if name in ("quadratic", "tiered", "spline"):
+            parts += [a * a, *(a * size for size in sizes)]
+            parts += [one * other for one, other in combinations_with_replacement(sizes, 2)]
+        if name == "tiered":
+            parts += [part for level in levels[:, key] for part in (level * a, *(level * size for size in sizes))]
+        if name == "spline":
+            parts += [np.maximum(a - hinge, 0) for hinge in hinges] + [a * a * size for size in sizes]
+        return np.stack(parts, axis=1)
+
+    return columns
+
+
+def _cost_model(data: Observations) -> KeyFunction:
+    """Logarithm of what a transformer's work says, over the length and its square.
+
+    The last number of a key is what repeats the work (its blocks), the others scale a part of it (its experts), and
+    each level of a category adds some of its own (its vision).
+    The rates are not negative (non-negative least squares of relative errors, in which slow outliers count little).
+    """
+    top = float(data.place.max())
+    scaled = data.axes.scaled()
+    *factors, repeats = np.exp(scaled - scaled.max(axis=1, keepdims=True)) if len(scaled) else [np.ones(len(data.axes))]
+    levels = data.axes.indicators(0)
+
+    def work(key: Integers, place: Floats) -> Floats:
+        p, b = place / top, repeats[key]
+        base = [np.ones_like(p), p, p * p]
+        parts = [base[2], *(b * part for part in base)]
+        parts += [b * factor[key] * part for factor in factors for part in base[:2]]
+        parts += [level * part for level in levels[:, key] for part in base[:2]]
+        return np.stack(parts, axis=1)
+
+    middle = weighted_quantile(data.log_ms, data.weight, 0.5)
+    root = np.sqrt(data.weight)
+    relative = work(data.key, data.place) * (root * np.exp(middle - data.log_ms))[:, None]
+    triangle = np.asarray(np.linalg.qr(np.column_stack([relative, root]), mode="r"))
+    rates = optimize.nnls(triangle[:, :-1], triangle[:, -1])[0]
+
+    def log_cost(key: Integers, place: Floats) -> Floats:
+        return np.asarray(np.log(np.maximum(work(key, place) @ rates, 1e-9)))
+
+    return log_cost
+
+
+def own_shape(data: Observations, count: int) -> KeyFunction:
+    """Columns of a key's own deviation: a level, a slope, a bend, then finer ones, up to `count`."""
+    log_place = np.log(data.place)
+    n_keys = len(data.key_ids)
+    least, largest = np.full(n_keys, np.inf), np.full(n_keys, -np.inf)
+    np.minimum.at(least, data.key, log_place)
+    np.maximum.at(largest, data.key, log_place)
+    absent = ~np.isfinite(least)
+    least[absent] = largest[absent] = log_place.mean()
+    half = float(np.median((largest - least) / 2))
+    half = half if half > 1e-9 else 1.0
+    centre = (least + largest) / 2
+    reach = (largest - least) / 2 / half
+    spots = np.linspace(-1, 1, max(count - 1, 2))[1:-1] if count > 3 else np.empty(0)
+
+    def columns(key: Integers, place: Floats) -> Floats:
+        # Frozen beyond the key's own range: nothing is known of its deviation there.
+        z = np.clip((np.log(place) - centre[key]) / half, -reach[key], reach[key])
+        parts = [np.ones_like(z), z, z * z][: min(count, 3)]
+        parts += [np.abs(z - spot * reach[key]) for spot in spots]
+        return np.stack(parts[:count], axis=1)
+
+    return columns

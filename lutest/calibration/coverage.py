@@ -10,9 +10,17 @@ from typing import Any
 from lutest.reader.errors import ArgumentError
 from lutest.reader.figures import Key
 
-__all__ = ["DRIFT_TOLERANCE", "Coverage", "Drift", "DriftTest", "exceedance_tail", "judge_drift", "tolerated_factors"]
+__all__ = [
+    "TOLERANCE",
+    "Check",
+    "Coverage",
+    "CoverageTest",
+    "adjusted_tests",
+    "exceedance_tail",
+    "tolerated_factors",
+]
 
-DRIFT_TOLERANCE = 0.02
+TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Coverage:
 
 
 @dataclass(frozen=True)
-class DriftTest:
+class CoverageTest:
     """One quantile of one stage, put to the test.
 
     Attributes
@@ -71,22 +79,34 @@ class DriftTest:
 
 
 @dataclass(frozen=True)
-class Drift:
+class Check:
     """Whether a table still holds.
 
     Attributes
     ----------
+    table : str
+        Path of the table; empty for one in memory.
+    key_columns : tuple of str
+        What its configurations are made of.
+    n_runs : int
+        Runs that the table was held against.
+    left_out : dict
+        Why other runs were not → how many.
     false_alarm_rate : float
         Probability of at least one alarm though nothing has changed, for runs that are independent of each other.
-    tests : tuple of DriftTest
+    tests : tuple of CoverageTest
         Stage by stage, all configurations together first.
     """
 
+    table: str
+    key_columns: tuple[str, ...]
+    n_runs: int
+    left_out: dict[str, int]
     false_alarm_rate: float
-    tests: tuple[DriftTest, ...]
+    tests: tuple[CoverageTest, ...]
 
     @property
-    def alarms(self) -> tuple[DriftTest, ...]:
+    def alarms(self) -> tuple[CoverageTest, ...]:
         """The tests that say that the table does not hold."""
         return tuple(test for test in self.tests if test.adjusted <= self.false_alarm_rate)
 
@@ -96,14 +116,17 @@ class Drift:
         return not self.alarms
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON."""
+        """Plain values, fit for JSON; the key of a test is None for all configurations together."""
         return {
+            "table": self.table,
+            "n_runs": self.n_runs,
+            "left_out": self.left_out,
             "holds": self.holds,
             "false_alarm_rate": self.false_alarm_rate,
             "tests": [
                 {
                     "stage": test.coverage.stage,
-                    **({} if test.coverage.key is None else test.coverage.key._asdict()),
+                    "key": test.coverage.key and dict(zip(self.key_columns, test.coverage.key, strict=True)),
                     "n": test.coverage.n,
                     "ratio": test.coverage.ratio,
                     "q": test.q,
@@ -130,7 +153,7 @@ def tolerated_factors(tolerance: float) -> tuple[float, float]:
     return 1.0 + tolerance, 1.0 / (1.0 + tolerance)
 
 
-def judge_drift(coverages: Sequence[Coverage], false_alarm_rate: float) -> Drift:
+def adjusted_tests(coverages: Sequence[Coverage], false_alarm_rate: float) -> tuple[CoverageTest, ...]:
     """Put every quantile of every stage to the test.
 
     Parameters
@@ -164,12 +187,11 @@ def judge_drift(coverages: Sequence[Coverage], false_alarm_rate: float) -> Drift
         for rank, place in enumerate(sorted(family, key=lambda place: tests[place][3])):
             largest = max(largest, min(1.0, families * (len(family) - rank) * tests[place][3]))
             adjusted[place] = largest
-    judged = [DriftTest(*test, adjusted[place]) for place, test in enumerate(tests)]
-    return Drift(float(false_alarm_rate), tuple(judged))
+    return tuple(CoverageTest(*test, adjusted[place]) for place, test in enumerate(tests))
 
 
 def _p_value(above: tuple[int, int], held: Coverage, q: float) -> float:
-    """Of both directions; a drift within the tolerance makes it large in either."""
+    """Of both directions; a change within the tolerance makes it large in either."""
     slower = exceedance_tail(above[0], held.n, held.n_table, q, upwards=True)
     faster = exceedance_tail(above[1], held.n, held.n_table, q, upwards=False)
     return min(1.0, 2.0 * min(slower, faster))

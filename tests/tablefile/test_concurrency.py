@@ -151,9 +151,9 @@ def test_loaded_tables_outlive_the_file(tmp_path: Path) -> None:
     path = tmp_path / "table.duckdb"
     build_whole(write_runs(tmp_path / "runs.jsonl", noisy_runs(KEYS, 8, 1)), str(path))
     table = lutest.load(path)
-    expected = table.total_ms("low", 4, 12, 100, 9, 0.95)
+    expected = table["low", 4, 12].total_ms(100, 9, 0.95)
     digest = loaded(str(path))
     build_whole(write_runs(tmp_path / "other.jsonl", noisy_runs(KEYS, 8, 2)), str(path))
     assert loaded(str(path)) != digest
     path.unlink()
-    assert table.total_ms("low", 4, 12, 100, 9, 0.95) == expected
+    assert table["low", 4, 12].total_ms(100, 9, 0.95) == expected

@@ -1,4 +1,4 @@
-"""Drift: whether runs get slower or faster in the order in which they were taken."""
+"""Whether runs get slower or faster in the order in which they were taken."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import stats
 
 from lutest.judging.finding import Finding, graded, percent
 
-__all__ = ["check_drift"]
+__all__ = ["check_trend"]
 
 SAMPLE_RUNS_PER_KEY = 1000
 LEAST_RUNS = 30
@@ -22,7 +22,6 @@ CONSTANT = 1e-12  # range of log latencies that arithmetic alone makes
 NOTED, WARNED = 0.02, 0.05  # change from the first to the last tenth
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 _STAGES = {
     "prefill": ("prefill_ms", "prompt_tokens", "TRUE"),
@@ -34,7 +33,7 @@ _STAGES = {
 }
 
 
-def check_drift(connection: duckdb.DuckDBPyConnection) -> Finding:
+def check_trend(connection: duckdb.DuckDBPyConnection) -> Finding:
     """Trend of prefill and decode step over the order of runs.
 
     Notes
@@ -60,13 +59,13 @@ def check_drift(connection: duckdb.DuckDBPyConnection) -> Finding:
             f"Spearman {trend['spearman']:+.2f})".replace("%", " %").replace("-", "−")
         )
     if not told:
-        return Finding("drift", "note", f"fewer than {LEAST_RUNS} runs in a known order: drift cannot be seen", figures)
+        return Finding("trend", "note", f"fewer than {LEAST_RUNS} runs in a known order: no trend can be seen", figures)
     severity = graded(worst, NOTED, WARNED)
     change = f"from the first to the last tenth of the runs: {'; '.join(told)}"
     if severity == "ok":
-        return Finding("drift", severity, f"no drift to speak of {change}", figures)
+        return Finding("trend", severity, f"no trend to speak of {change}", figures)
     advice = "let the machine warm up and settle, and take the configurations in turn, in random order"
-    return Finding("drift", severity, f"latencies drift by {percent(worst)} {change}: {advice}", figures)
+    return Finding("trend", severity, f"latencies move by {percent(worst)} {change}: {advice}", figures)
 
 
 def _residuals(connection: duckdb.DuckDBPyConnection, value: str, length: str, condition: str) -> tuple[Floats, Floats]:
@@ -75,7 +74,7 @@ def _residuals(connection: duckdb.DuckDBPyConnection, value: str, length: str, c
         f"""
         WITH ordered AS (
             SELECT
-                tier, top_k, num_blocks, run_hash, source_id, "row", workload,
+                key_id, run_hash, source_id, "row", workload,
                 CAST({length} AS DOUBLE) AS length,
                 ln({value}) AS y,
                 count(*) OVER sequence AS n,
@@ -85,24 +84,21 @@ def _residuals(connection: duckdb.DuckDBPyConnection, value: str, length: str, c
                 END AS place
             FROM accepted_runs
             WHERE {condition}
-            WINDOW sequence AS (PARTITION BY source_id, workload, tier, top_k, num_blocks)
+            WINDOW sequence AS (PARTITION BY source_id, workload, key_id)
         ),
         placed AS (
             SELECT *, (row_number() OVER sequence - 0.5) / n AS position
             FROM ordered
             WHERE n >= {LEAST_PER_KEY}
-            WINDOW sequence AS (PARTITION BY source_id, workload, tier, top_k, num_blocks ORDER BY place, "row")
+            WINDOW sequence AS (PARTITION BY source_id, workload, key_id ORDER BY place, "row")
         )
-        SELECT
-            dense_rank() OVER (ORDER BY tier, top_k, num_blocks) - 1 AS key_number,
-            CAST(position AS DOUBLE) AS position, length, y
+        SELECT key_id, CAST(position AS DOUBLE) AS position, length, y
         FROM placed
-        QUALIFY row_number() OVER (PARTITION BY tier, top_k, num_blocks ORDER BY run_hash, source_id, "row")
-            <= {SAMPLE_RUNS_PER_KEY}
+        QUALIFY row_number() OVER (PARTITION BY key_id ORDER BY run_hash, source_id, "row") <= {SAMPLE_RUNS_PER_KEY}
         ORDER BY run_hash, source_id, "row"
         """
     ).fetchnumpy()
-    key = np.asarray(columns["key_number"], dtype=np.int64)
+    key = np.asarray(columns["key_id"], dtype=np.int64)
     position, length_of, y = (np.asarray(columns[name], dtype=np.float64) for name in ("position", "length", "y"))
     residual = np.empty(len(y))
     order = np.argsort(key, kind="stable")

@@ -1,4 +1,4 @@
-"""Figures for a configuration that was not measured, from its tier's neighbours in (top_k, num_blocks)."""
+"""Figures for a configuration that was not measured, from those of the same categories and other numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lutest.reader.errors import UnknownKeyError
-from lutest.reader.figures import Curve, Figures, FillError, Key, KeyFigures, Summary, TotalRatios
+from lutest.reader.figures import Curve, Figures, FillError, Key, KeyFigures, Summary, TotalRatios, described_key
+from lutest.reader.unknown_key import number_axis
 
 __all__ = ["interpolate_key"]
 
@@ -18,38 +19,44 @@ _LARGEST_LOG = 60.0  # e^60 ms is beyond any latency: what gets there was extrap
 
 
 def interpolate_key(figures: Figures, key: Key) -> KeyFigures:
-    """Figures of `key` as a combination of the measured configurations of its tier.
+    """Figures of `key` as a combination of the measured configurations of its categories.
 
-    Logarithms of latencies are combined with the weights of an affine fit in (top_k, num_blocks), nearer neighbours
-    counting more (locally weighted regression: Cleveland 1979, J. Am. Stat. Assoc. 74, 829-836); where the neighbours
-    do not span a plane, with inverse squared distances. Quantiles keep their order.
+    Logarithms of latencies are combined with the weights of an affine fit over the number columns, on a logarithmic
+    axis where all numbers are positive, nearer neighbours counting more (locally weighted regression: Cleveland 1979,
+    J. Am. Stat. Assoc. 74, 829-836); where the neighbours do not span it, with inverse squared distances. Quantiles
+    keep their order.
 
     Parameters
     ----------
     figures : Figures
         The table.
     key : Key
-        A tier of the table, any top_k and num_blocks of 1 or more.
+        Categories of the table, any numbers.
 
     Returns
     -------
     KeyFigures
-        ``n`` is 0 everywhere; ``source`` is ``interpolated`` inside of the convex hull of the neighbours, else
-        ``extrapolated``; ``fill_error`` says how far off the neighbours are when filled in from each other.
+        ``n`` is 0 everywhere; ``source`` is ``interpolated`` where every number lies between those of the neighbours,
+        else ``extrapolated``; ``fill_error`` says how far off the neighbours are when filled in from each other.
 
     Raises
     ------
     UnknownKeyError
-        Nothing is known of the tier, or the configuration is too far from anything measured.
+        These categories were never measured together, or the configuration is too far from anything measured.
     """
-    neighbours = [held for held in figures.keys if held.key.tier == key.tier]
-    if not neighbours:
-        raise UnknownKeyError(f"tier={key.tier!r} is not in the table, which holds {', '.join(figures.tiers)}")
-    if key.top_k < 1 or key.num_blocks < 1:
-        raise UnknownKeyError(f"top_k={key.top_k}, num_blocks={key.num_blocks}: both are 1 or more")
-    places = _places(neighbours)
-    source = "interpolated" if _in_hull(places, (key.top_k, key.num_blocks)) else "extrapolated"
-    weights = _weights(places, key)
+    numbers = [place for place, column in enumerate(figures.key_columns) if column.kind == "number"]
+    categories = [place for place in range(len(key)) if place not in numbers]
+    neighbours = [held for held in figures.keys if all(held.key[place] == key[place] for place in categories)]
+    named = described_key(figures.key_columns, key)
+    if not neighbours or not numbers:
+        raise UnknownKeyError(f"{named}: these categories were not measured together, and no number leads to them")
+    axes = [number_axis([held.key[place] for held in neighbours], key[place]) for place in numbers]
+    places, at = np.array(axes).T[:-1], np.array(axes).T[-1]
+    if not np.isfinite(at).all():
+        raise UnknownKeyError(f"{named}: the numbers that were measured are above 0")
+    inside = bool((places.min(axis=0) <= at).all() and (at <= places.max(axis=0)).all())
+    source = "interpolated" if inside else "extrapolated"
+    weights = _weights(places, at)
     median = figures.quantiles.index(0.5)
     prefill_at = sorted({x for held in neighbours for x in held.prefill_curve.at})
     prefill_curves = [
@@ -61,52 +68,54 @@ def interpolate_key(figures: Figures, key: Key) -> KeyFigures:
     prompts = [held.prompt_tokens_p50 for held in neighbours]
     filled = KeyFigures(
         key=key,
-        prefill=_summary(_combined(weights, prefill_values, median, key), _combined(weights, means, 0, key)),
+        prefill=_summary(_combined(weights, prefill_values, median, named), _combined(weights, means, 0, named)),
         prompt_tokens_p50=round(min(max(prompt, min(prompts)), max(prompts))),
-        prefill_curve=_curve(prefill_at, _combined(weights, np.array(prefill_curves), median, key), source),
+        prefill_curve=_curve(prefill_at, _combined(weights, np.array(prefill_curves), median, named), source),
         decode=None,
         n_decode_steps=0,
         decode_curve=None,
         decode_total=None,
         correlations=(0.0,) * len(figures.quantiles),
         source=source,
-        fill_error=_fill_error(neighbours, median),
+        fill_error=_fill_error(neighbours, places, median),
+        mixed=neighbours[0].mixed,
     )
-    return _with_decode(filled, [held for held in neighbours if held.decode is not None], median)
+    decoding = [number for number, held in enumerate(neighbours) if held.decode is not None]
+    if not decoding:
+        return filled
+    return _with_decode(filled, [neighbours[n] for n in decoding], _weights(places[decoding], at), median, named)
 
 
-def _fill_error(neighbours: Sequence[KeyFigures], median: int) -> FillError:
-    prefill = [(held.key, held.prefill_curve, held.prompt_tokens_p50, held.prefill) for held in neighbours]
+def _fill_error(neighbours: Sequence[KeyFigures], places: Floats, median: int) -> FillError:
+    prefill = [(held.prefill_curve, held.prompt_tokens_p50, held.prefill) for held in neighbours]
     decode = [
-        (held.key, held.decode_curve, held.prompt_tokens_p50 + 1, held.decode)
+        (held.decode_curve, held.prompt_tokens_p50 + 1, held.decode)
         for held in neighbours
         if held.decode_curve is not None and held.decode is not None
     ]
-    return FillError(_left_out_error(prefill, median), _left_out_error(decode, median))
+    decoding = np.array([held.decode is not None for held in neighbours])
+    return FillError(_left_out_error(prefill, places, median), _left_out_error(decode, places[decoding], median))
 
 
-def _left_out_error(held: Sequence[tuple[Key, Curve, int, Summary]], median: int) -> float | None:
+def _left_out_error(held: Sequence[tuple[Curve, int, Summary]], places: Floats, median: int) -> float | None:
     """Root mean square relative error of the curves of the others against each key's plain median of its runs.
 
     The plain one, since the curves of all keys were fitted together, and know of the key that is left out.
     """
     if len(held) < 2:
         return None
-    places = np.array([(key.top_k, key.num_blocks) for key, *_ in held], dtype=np.float64)
     errors = []
-    for left_out, (key, _, at, summary) in enumerate(held):
+    for left_out, (_, at, summary) in enumerate(held):
         others = [j for j in range(len(held)) if j != left_out]
-        logs = np.log([_resampled(held[j][1].at, [held[j][1].values_ms[median]], [at])[0][0] for j in others])
-        miss = float(_weights(places[others], key) @ logs) - np.log(summary.quantiles_ms[median])
+        logs = np.log([_resampled(held[j][0].at, [held[j][0].values_ms[median]], [at])[0][0] for j in others])
+        miss = float(_weights(places[others], places[left_out]) @ logs) - np.log(summary.quantiles_ms[median])
         errors.append(np.expm1(np.clip(miss, -_LARGEST_LOG, _LARGEST_LOG)))
     return float(np.sqrt(np.mean(np.square(errors))))
 
 
-def _with_decode(filled: KeyFigures, neighbours: Sequence[KeyFigures], median: int) -> KeyFigures:
-    if not neighbours:
-        return filled
-    key = filled.key
-    weights = _weights(_places(neighbours), key)
+def _with_decode(
+    filled: KeyFigures, neighbours: Sequence[KeyFigures], weights: Floats, median: int, named: str
+) -> KeyFigures:
     summaries, curves, ratios = [], [], []
     kv_at = sorted({x for held in neighbours if held.decode_curve for x in held.decode_curve.at})
     steps_at = sorted({x for held in neighbours if held.decode_total for x in held.decode_total.decode_steps})
@@ -120,28 +129,24 @@ def _with_decode(filled: KeyFigures, neighbours: Sequence[KeyFigures], median: i
     values = np.array([summary.quantiles_ms for summary in summaries])[:, :, None]
     means = np.array([summary.mean_ms for summary in summaries])[:, None, None]
     correlations = np.clip(weights @ np.array([held.correlations for held in neighbours]), 0.0, 1.0)
-    ratio_values = _rising_totals(steps_at, _combined(weights, np.array(ratios), median, key))
+    ratio_values = _rising_totals(steps_at, _combined(weights, np.array(ratios), median, named))
     return replace(
         filled,
-        decode=_summary(_combined(weights, values, median, key), _combined(weights, means, 0, key)),
-        decode_curve=_curve(kv_at, _combined(weights, np.array(curves), median, key), filled.source),
+        decode=_summary(_combined(weights, values, median, named), _combined(weights, means, 0, named)),
+        decode_curve=_curve(kv_at, _combined(weights, np.array(curves), median, named), filled.source),
         decode_total=TotalRatios(tuple(steps_at), _rows(ratio_values), (0,) * len(steps_at)),
         correlations=tuple(map(float, correlations)),
     )
 
 
-def _places(neighbours: Sequence[KeyFigures]) -> Floats:
-    return np.array([(held.key.top_k, held.key.num_blocks) for held in neighbours], dtype=np.float64)
-
-
-def _weights(places: Floats, key: Key) -> Floats:
-    """Weights of the neighbours, 1 in sum, that give the fitted value at `key`."""
-    span = np.maximum(np.ptp(places, axis=0), 1.0)
-    offsets = (places - (key.top_k, key.num_blocks)) / span
+def _weights(places: Floats, at: Floats) -> Floats:
+    """Weights of the neighbours at these places, 1 in sum, that give the fitted value at a place."""
+    span = np.ptp(places, axis=0)
+    offsets = (places - at) / np.where(span > 0.0, span, 1.0)
     nearness = 1.0 / np.maximum((offsets**2).sum(axis=1), 1e-12)
     inverse_distance: Floats = nearness / nearness.sum()
     design = np.column_stack([np.ones(len(places)), offsets])
-    if np.linalg.matrix_rank(design) < 3:
+    if np.linalg.matrix_rank(design) < design.shape[1]:
         return inverse_distance
     root = np.sqrt(nearness)
     # the fitted value at offset 0 is the intercept: the first row of the pseudo-inverse
@@ -163,7 +168,7 @@ def _resampled(
     return rows
 
 
-def _combined(weights: Floats, values: Floats, median: int, key: Key) -> Floats:
+def _combined(weights: Floats, values: Floats, median: int, named: str) -> Floats:
     """Combine positive `values` (neighbour, quantile, knot): the median by itself, others by their distance to it."""
     logs = np.log(values)
     combined = np.empty(values.shape[1:])
@@ -173,9 +178,7 @@ def _combined(weights: Floats, values: Floats, median: int, key: Key) -> Floats:
             gap = step * np.tensordot(weights, logs[:, i] - logs[:, i - step], 1)
             combined[i] = combined[i - step] + step * np.maximum(gap, 0.0)
     if np.abs(combined).max() > _LARGEST_LOG:
-        raise UnknownKeyError(
-            f"tier={key.tier!r}, top_k={key.top_k}, num_blocks={key.num_blocks} is too far from anything measured"
-        )
+        raise UnknownKeyError(f"{named} is too far from anything measured")
     filled: Floats = np.exp(combined)
     return filled
 
@@ -198,13 +201,3 @@ def _summary(quantiles: Floats, mean: Floats) -> Summary:
 
 def _curve(at: Sequence[int], values: Floats, source: str) -> Curve:
     return Curve(tuple(at), _rows(values), (0,) * len(at), (source,) * len(at))
-
-
-def _in_hull(places: Floats, point: tuple[int, int]) -> bool:
-    """Whether the point lies in the convex hull: directions to the corners leave no open half-plane free."""
-    offsets = places - point
-    if not offsets.any(axis=1).all():
-        return True
-    angles = np.sort(np.arctan2(offsets[:, 1], offsets[:, 0]))
-    gaps = np.append(np.diff(angles), angles[0] + 2 * np.pi - angles[-1])
-    return bool(gaps.max() <= np.pi + 1e-9)

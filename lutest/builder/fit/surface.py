@@ -1,0 +1,194 @@
+"""Conditional quantiles of latencies over keys and lengths, each key borrowing strength from the others.
+
+The estimator is a location-scale model of the logarithm of a latency, which makes it indifferent to units::
+
+    log t = f(length, key) + u_key(length) + scale_key · e
+
+``f`` is a smooth function that all keys share (log-polynomials and their interactions, or splines), ``u_key`` a
+smooth deviation of the key, shrunk towards zero by empirical Bayes (Robinson 1991; Laird and Ware 1982), both fitted
+with Student-t weights, so that outliers count little (Lange, Little and Taylor 1989). Which ``f`` and how supple a
+``u_key`` is decided by cross-validation over runs. The quantiles are those of residuals of runs that the fit has not
+seen: per key a shrunk scale, then quantile regression (Koenker and Bassett 1978) of the scaled residuals on length and
+key, then a shift that makes the cross-validated coverage right (conformalised quantile regression, Romano, Patterson
+and Candès 2019). A key of few runs has its spread widened by what is not known of its own deviation.
+
+References
+----------
+R. Koenker and G. Bassett (1978), Regression quantiles, Econometrica 46.
+D. R. Hunter and K. Lange (2000), Quantile regression via an MM algorithm, J. Comput. Graph. Stat. 9.
+N. M. Laird and J. H. Ware (1982), Random-effects models for longitudinal data, Biometrics 38.
+K. L. Lange, R. J. A. Little and J. M. G. Taylor (1989), Robust statistical modeling using the t distribution, JASA 84.
+G. K. Robinson (1991), That BLUP is a good thing, Statistical Science 6.
+Y. Romano, E. Patterson and E. Candès (2019), Conformalized quantile regression, NeurIPS 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from lutest.builder.fit.location import KeyFunction, chosen_model, fit_location, shared_shape
+from lutest.builder.fit.observations import FOLDS, Floats, Integers, Observations
+from lutest.builder.fit.quantiles import own_shifts, quantile_regression, weighted_quantile
+
+__all__ = ["Surface", "fit_centre", "fit_surface"]
+
+_LEAST_SCALE = 1e-5  # of log t: a hundred-thousandth of the latency
+_LEAST_SHARE = 0.25  # of the typical deviation of unseen runs: the least that a run's own deviation is taken for
+_WIDEST, _WIDEST_AT_LEAST = 3.0, 2.0  # times the largest deviation of an unseen run, and a factor of e²
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Fitted quantiles: ``surface.log_ms(key, place)`` has one row a place and one column a quantile."""
+
+    location: KeyFunction
+    spread: KeyFunction
+
+    def log_ms(self, key: Integers, place: Floats) -> Floats:
+        """Logarithms of the latency's quantiles, shape (n, quantiles), ascending in each row."""
+        return self.location(key, place)[:, None] + self.spread(key, place)
+
+
+def fit_centre(data: Observations) -> KeyFunction:
+    """Fit the centre of the logarithm of a latency alone, as a function of key and place.
+
+    Parameters
+    ----------
+    data : Observations
+        At least one observation of every key.
+
+    Returns
+    -------
+    callable
+        (key, place) → centre of log t, shape (n,).
+    """
+    return fit_location(data, *chosen_model(data)).centre
+
+
+def fit_surface(data: Observations, more: Observations, quantiles: Sequence[float]) -> Surface:
+    """Fit quantiles of a latency over places for every key.
+
+    Parameters
+    ----------
+    data : Observations
+        At least one observation of every key.
+    quantiles : sequence of float
+        Levels in (0, 1), ascending.
+
+    Returns
+    -------
+    Surface
+    """
+    model, start = chosen_model(data)
+    location = fit_location(data, model, start)
+    unseen, doubt, variance = (np.empty(len(data.place)) for _ in range(3))
+    more_unseen = np.empty(len(more.place))
+    for fold in range(FOLDS):
+        held = data.fold == fold
+        partial = location
+        if held.any() and not held.all():
+            partial = fit_location(data.rows(~held), model, location.state, iterations=4)
+        unseen[held] = data.log_ms[held] - partial.centre(data.key[held], data.place[held])
+        doubt[held] = partial.doubt(data.key[held], data.place[held])
+        variance[held] = partial.state.variance
+        rows = more.fold == fold
+        more_unseen[rows] = more.log_ms[rows] - partial.centre(more.key[rows], more.place[rows])
+    # A fit with a coefficient for every run leaves no variance, and would make any doubt immense beside it.
+    size = np.abs(unseen)
+    least_variance = (_LEAST_SHARE * weighted_quantile(size, data.weight, 0.5)) ** 2
+    widening = np.sqrt(1 + doubt / np.maximum(variance, least_variance))
+    spread = _with_own_quantiles(_fit_spread(data, unseen / widening, quantiles), more, more_unseen, quantiles)
+    own_variance = max(location.state.variance, least_variance)
+    limit = max(_WIDEST * float(size.max()), _WIDEST_AT_LEAST)
+
+    def widened(key: Integers, place: Floats) -> Floats:
+        factor = np.sqrt(1 + location.doubt(key, place) / own_variance)
+        return np.asarray(np.clip(spread(key, place) * factor[:, None], -limit, limit))
+
+    return Surface(location.centre, widened)
+
+
+def _fit_spread(data: Observations, unseen: Floats, quantiles: Sequence[float]) -> KeyFunction:
+    scale = _key_scales(data, unseen)
+    scaled = unseen / scale[data.key]
+    design = {name: shared_shape(data, name) for name in ("level", "linear")}
+    effective = data.weight.sum()
+    fits: list[tuple[str, Floats, float]] = []
+    for q in quantiles:
+        options: list[tuple[float, str, Floats]] = []
+        for name, columns in design.items():
+            x = columns(data.key, data.place)
+            beyond = np.empty(len(scaled))
+            for fold in range(FOLDS):
+                held = data.fold == fold
+                if held.any() and not held.all():
+                    beyond[held] = scaled[held] - x[held] @ _pooled(x[~held], scaled[~held], q, data.weight[~held])
+                elif held.any():
+                    beyond[held] = scaled[held] - x[held] @ _pooled(x[held], scaled[held], q, data.weight[held])
+            loss = float(data.weight @ (scale[data.key] * np.maximum(q * beyond, (q - 1) * beyond)))
+            options.append((loss, name, beyond))
+        _, name, beyond = min(options, key=lambda option: option[0])
+        coefficients = _pooled(design[name](data.key, data.place), scaled, q, data.weight)
+        # The rank that a further observation exceeds with probability 1 - q, on the side of the tail.
+        level = 0.5 + (q - 0.5) * (effective + 1) / effective
+        shift = weighted_quantile(beyond, data.weight, min(max(level, 0.0), 1.0))
+        fits.append((name, coefficients, shift))
+    reach = [_least_reach(effective, q) for q in quantiles]
+    least, largest = float(data.place.min()), float(data.place.max())
+
+    def spread(key: Integers, place: Floats) -> Floats:
+        inside = np.clip(place, least, largest)
+        levels = np.stack([design[name](key, inside) @ beta + shift for name, beta, shift in fits], axis=1)
+        for column, bound in enumerate(reach):
+            if bound is not None:
+                further = np.maximum if bound > 0 else np.minimum
+                levels[:, column] = further(levels[:, column], bound)
+        return np.asarray(np.sort(levels, axis=1) * scale[key][:, None])
+
+    return spread
+
+
+def _with_own_quantiles(
+    spread: KeyFunction, data: Observations, unseen: Floats, quantiles: Sequence[float]
+) -> KeyFunction:
+    shared = spread(data.key, data.place)
+    shifts = own_shifts(unseen[:, None] - shared, data.key, data.weight, data.fold, len(data.key_ids), quantiles)
+
+    def own(key: Integers, place: Floats) -> Floats:
+        return np.asarray(np.sort(spread(key, place) + shifts[key], axis=1))
+
+    return own
+
+
+def _pooled(x: Floats, y: Floats, q: float, weights: Floats) -> Floats:
+    if x.shape[1] == 1:
+        return np.array([weighted_quantile(y, weights, q)])
+    return quantile_regression(x, y, q, weights)
+
+
+def _least_reach(effective: float, q: float) -> float | None:
+    """Normal-theory prediction bound, in mean absolute deviations, where a sample is too small to hold the quantile."""
+    tail = min(q, 1 - q)
+    if effective * tail >= 1 or q == 0.5:
+        return None
+    return float(stats.t.ppf(q, max(effective - 1, 1)) * np.sqrt(np.pi / 2) * np.sqrt(1 + 1 / max(effective, 1)))
+
+
+def _key_scales(data: Observations, unseen: Floats) -> Floats:
+    """Mean absolute residual of each key, shrunk towards that of all by empirical Bayes."""
+    n_keys = len(data.key_ids)
+    size = np.abs(unseen)
+    middle = weighted_quantile(size, data.weight, 0.5)
+    size = np.minimum(size, 5 * middle)
+    pooled = max(float(np.average(size, weights=data.weight)), _LEAST_SCALE)
+    count = np.bincount(data.key, data.weight, n_keys)
+    mean = np.bincount(data.key, data.weight * size, n_keys) / np.maximum(count, 1e-300)
+    within = float(np.average((size - pooled) ** 2, weights=data.weight))
+    between = float(np.average((mean - pooled) ** 2 - within / np.maximum(count, 1e-300), weights=count))
+    prior = np.inf if between <= 0 else within / between
+    share = count / (count + max(prior, 10.0)) if np.isfinite(prior) else np.zeros(n_keys)
+    return np.asarray(np.maximum(pooled + share * (mean - pooled), _LEAST_SCALE))
