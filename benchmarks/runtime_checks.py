@@ -173,14 +173,14 @@ def draws(path: str, count: int = 1_000_000) -> list[dict[str, float]]:
         piece = np.clip(np.searchsorted(scores, score) - 1, 0, len(scores) - 2)
         low, high = levels[piece, drawn], levels[piece + 1, drawn]
         totals = low + (high - low) * (score - scores[piece]) / (scores[piece + 1] - scores[piece])
-        expected = table.expected_total_ms(*key, prompt, workload)
+        expected = table[key].expected_total_ms(prompt, workload)
         error = float(totals.std()) / math.sqrt(count)
         found.append(
             {"held": expected, "drawn": float(totals.mean()), "errors": (expected - float(totals.mean())) / error}
         )
         for share in (0.05, 0.5, 0.95):
             budget = float(np.quantile(totals, share))
-            within = table.p_within(*key, budget, prompt, workload)
+            within = table[key].p_within(budget, prompt, workload)
             error = math.sqrt(share * (1 - share) / count)
             found.append({"held": within, "drawn": share, "errors": (within - share) / error})
     return found

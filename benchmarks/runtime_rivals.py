@@ -24,14 +24,15 @@ Function = Callable[..., Any]
 
 
 def drawn_queries(table: lutest.LatencyTable) -> Queries:
-    """Keys in random order with prompt and output lengths as the runs have them, and their entries."""
+    """Keys in random order with prompt and output lengths as the runs have them, their entries, and lengths anywhere."""
     chance = random.Random(1)
     held = [key for key in table.figures.keys if key.decode_curve is not None]
     drawn: Queries = []
     for _ in range(BLOCK):
         figures = chance.choice(held)
         prompt = chance.randint(*_measured_prompts(figures))
-        drawn.append((*figures.key, prompt, chance.randint(2, 64), table[figures.key]))
+        anywhere = chance.randint(16, 131_072), chance.randint(1, 32_768)
+        drawn.append((*figures.key, prompt, chance.randint(2, 64), table[figures.key], *anywhere))
     return drawn
 
 
@@ -80,11 +81,12 @@ def _grid(table: lutest.LatencyTable, tokens: list[int]) -> Any:
     """SciPy's interpolator over tier, top_k, num_blocks, prompt and, where there are any, output tokens."""
     interpolate = import_module("scipy.interpolate")
     prompts = np.unique([x for key in table.figures.keys for x in key.prefill_curve.at])
+    tiers = _tiers(table)
     top_ks, blocks = (np.unique([key[i] for key in table]) for i in (1, 2))
-    axes = [np.arange(len(table.tiers)), top_ks, blocks, prompts, *([np.array(tokens)] if tokens else [])]
+    axes = [np.arange(len(tiers)), top_ks, blocks, prompts, *([np.array(tokens)] if tokens else [])]
     values = np.full([len(axis) for axis in axes], np.nan)
-    for number, key in enumerate(table.keys):
-        place = table.tiers.index(key.tier), np.searchsorted(top_ks, key.top_k), np.searchsorted(blocks, key.num_blocks)
+    for number, (tier, top_k, num_blocks) in enumerate(table.keys):
+        place = tiers[tier], np.searchsorted(top_ks, top_k), np.searchsorted(blocks, num_blocks)
         if tokens:
             values[place] = table.batch.total_ms(number, prompts[:, None], axes[-1], 0.95)
         else:
@@ -92,9 +94,13 @@ def _grid(table: lutest.LatencyTable, tokens: list[int]) -> Any:
     return interpolate.RegularGridInterpolator(axes, values)
 
 
+def _tiers(table: lutest.LatencyTable) -> dict[Any, int]:
+    return {tier: place for place, tier in enumerate(dict.fromkeys(key[0] for key in table))}
+
+
 def grid_interpolator(table: lutest.LatencyTable) -> Function:
     grid = _grid(table, [])
-    tiers = {tier: place for place, tier in enumerate(table.tiers)}
+    tiers = _tiers(table)
 
     def interpolate(tier: str, top_k: int, num_blocks: int, prompt_tokens: int) -> Any:
         return grid((tiers[tier], top_k, num_blocks, prompt_tokens))
@@ -127,7 +133,7 @@ def _network() -> tuple[Any, Any]:
 
 def mlp_row(table: lutest.LatencyTable) -> Function:
     torch, network = _network()
-    tiers = {tier: float(place) for place, tier in enumerate(table.tiers)}
+    tiers = _tiers(table)
 
     def predict(tier: str, top_k: int, num_blocks: int, prompt_tokens: int, output_tokens: int) -> float:
         row = torch.tensor([[prompt_tokens, 40.0, tiers[tier], top_k, num_blocks, 1.0]], dtype=torch.float32)
@@ -165,28 +171,23 @@ class ScalarRival:
     slow: bool = False
 
 
-def _table(verb: str) -> Callable[[lutest.LatencyTable], Function]:
-    def make(table: lutest.LatencyTable) -> Function:
-        found: Function = getattr(table, verb)
-        return found
-
-    return make
+def table_lookup(table: lutest.LatencyTable) -> Function:
+    return table.lookup
 
 
 SCALAR = {
     "dict function": ScalarRival(dict_function, "f(t, k, b)"),
-    "table.lookup": ScalarRival(_table("lookup"), "f(t, k, b)"),
+    "table.lookup": ScalarRival(table_lookup, "f(t, k, b)"),
     "lutest.lookup": ScalarRival(module_lookup, "f(t, k, b)"),
-    "table.prefill_ms(key)": ScalarRival(_table("prefill_ms"), "f(t, k, b)"),
-    "table.prefill_ms(key, p)": ScalarRival(_table("prefill_ms"), "f(t, k, b, p)"),
-    "table.prefill_ms(key, p, 0.95)": ScalarRival(_table("prefill_ms"), "f(t, k, b, p, 0.95)"),
-    "entry.prefill_ms(p)": ScalarRival(_table("lookup"), "e.prefill_ms(p)"),
-    "table.total_ms(key, p, n)": ScalarRival(_table("total_ms"), "f(t, k, b, p, n)"),
-    "table.total_ms(key, p, n, 0.95)": ScalarRival(_table("total_ms"), "f(t, k, b, p, n, 0.95)"),
-    "entry.total_ms(p, n, 0.95)": ScalarRival(_table("lookup"), "e.total_ms(p, n, 0.95)"),
-    "entry.max_output_tokens(500, p)": ScalarRival(_table("lookup"), "e.max_output_tokens(500.0, p)"),
-    "entry.expected_total_ms(p)": ScalarRival(_table("lookup"), "e.expected_total_ms(p)", slow=True),
-    "entry.p_within(1000, p)": ScalarRival(_table("lookup"), "e.p_within(1000.0, p)", slow=True),
+    "entry.prefill_ms(p)": ScalarRival(table_lookup, "e.prefill_ms(p)"),
+    "entry.prefill_ms(p, 0.95)": ScalarRival(table_lookup, "e.prefill_ms(p, 0.95)"),
+    "entry.total_ms(p, n)": ScalarRival(table_lookup, "e.total_ms(p, n)"),
+    "entry.total_ms(p, n, 0.95)": ScalarRival(table_lookup, "e.total_ms(p, n, 0.95)"),
+    "entry.total_ms(any p, any n, 0.95)": ScalarRival(table_lookup, "e.total_ms(ap, an, 0.95)"),
+    "table[key].total_ms(p, n, 0.95)": ScalarRival(table_lookup, "f(t, k, b).total_ms(p, n, 0.95)"),
+    "entry.max_output_tokens(500, p)": ScalarRival(table_lookup, "e.max_output_tokens(500.0, p)"),
+    "entry.expected_total_ms(p)": ScalarRival(table_lookup, "e.expected_total_ms(p)", slow=True),
+    "entry.p_within(1000, p)": ScalarRival(table_lookup, "e.p_within(1000.0, p)", slow=True),
     "numpy.interp": ScalarRival(numpy_interp, "f(t, k, b, p)"),
     "RegularGridInterpolator": ScalarRival(grid_interpolator, "f(t, k, b, p)", slow=True),
     "MLP, one row": ScalarRival(mlp_row, "f(t, k, b, p, n)", slow=True),
@@ -219,14 +220,16 @@ def batch_total(q: float) -> Callable[[lutest.LatencyTable, Ints, Ints, Ints], C
 
 def batch_grid(table: lutest.LatencyTable, ids: Ints, prompts: Ints, tokens: Ints) -> Callable[[], Any]:
     grid = _grid(table, [1, 2, 4, 8, 16, 32, 64])
-    columns = np.array([(table.tiers.index(key.tier), key.top_k, key.num_blocks) for key in table.keys])[ids]
+    tiers = _tiers(table)
+    columns = np.array([(tiers[tier], top_k, num_blocks) for tier, top_k, num_blocks in table.keys])[ids]
     points = np.column_stack([columns, prompts, tokens]).astype(np.float64)
     return lambda: grid(points)
 
 
 def batch_mlp(table: lutest.LatencyTable, ids: Ints, prompts: Ints, tokens: Ints) -> Callable[[], Any]:
     torch, network = _network()
-    columns = np.array([(table.tiers.index(key.tier), key.top_k, key.num_blocks) for key in table.keys])[ids]
+    tiers = _tiers(table)
+    columns = np.array([(tiers[tier], top_k, num_blocks) for tier, top_k, num_blocks in table.keys])[ids]
     rows = torch.tensor(np.column_stack([prompts, tokens, columns, tokens]), dtype=torch.float32)
     steps = torch.tensor(tokens - 1, dtype=torch.float32)
 

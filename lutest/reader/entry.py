@@ -22,6 +22,7 @@ _EXPECTED_TOLERANCE = 1e-4
 _P_WITHIN_TOLERANCE = 4e-4
 _INDEXED = 2048  # lengths whose piece is looked up in a table of bytes; beyond, it is found by bisection
 _FARTHEST = 2 * MAX_TOKENS
+_SECANTS = 8  # of the search for the most tokens, before it goes on by halves
 
 # Rows of `by_length` for held tokens, with place by length and starts; the same for tokens that come out; twice the
 # correlation of prefill and decode; the side of the median; median prompt length, own P50 and own quantile of prefill.
@@ -253,7 +254,7 @@ class Entry:
             # one comparison for: no negative prompt, no zero tokens, no wrapped-around NumPy integer, no NaN
             if 0 <= prompt < (end := prompt + output_tokens) <= _FARTHEST:
                 start, p50, p50_slope, at_q, q_slope, before, step, half_slope = rows[
-                    index[prompt] if prompt < _INDEXED else bisect_right(starts, whole(prompt)) - 1
+                    index[prompt] if prompt < _INDEXED else bisect_right(starts, prompt) - 1
                 ]
                 x = prompt - start
                 if prompt_tokens is None:
@@ -264,14 +265,14 @@ class Entry:
                 before += x * (step + half_slope * (x + 1.0))
                 end -= 1
                 start, _, _, _, _, steps_ms, step, half_slope = rows[
-                    index[end] if end < _INDEXED else bisect_right(starts, whole(end)) - 1
+                    index[end] if end < _INDEXED else bisect_right(starts, whole(end)) - 1  # refuses what is not whole
                 ]
                 x = end - start
                 steps_ms += x * (step + half_slope * (x + 1.0)) - before
                 start, ratio, ratio_slope, spread, spread_slope = out_rows[
                     out_index[output_tokens]
                     if output_tokens < _INDEXED
-                    else bisect_right(out_starts, whole(output_tokens)) - 1
+                    else bisect_right(out_starts, output_tokens) - 1
                 ]
                 x = output_tokens - start
                 d = steps_ms * (spread + x * spread_slope)
@@ -310,17 +311,21 @@ class Entry:
         """
         budget = positive_ms("budget_ms", budget_ms)
         prompt, _, level = self._checked(prompt_tokens, 1, q)
-        one_ms = self.total_ms(prompt, 1, level)
-        if one_ms > budget:
+        at_low = self.total_ms(prompt, 1, level)
+        if at_low > budget:
             return 0
-        second_ms = self.total_ms(prompt, 2, level) - one_ms
-        low, reach = 1, max(1, min(MAX_TOKENS, int((budget - one_ms) / second_ms) if second_ms > 0.0 else 1))
-        while low + reach <= MAX_TOKENS and self.total_ms(prompt, low + reach, level) <= budget:
-            low, reach = low + reach, 2 * reach
-        high = min(low + reach, MAX_TOKENS + 1)
+        low, high, tries, slope = 1, MAX_TOKENS + 1, 0, self.total_ms(prompt, 2, level) - at_low
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.total_ms(prompt, middle, level) <= budget else (low, middle)
+            if slope > 0.0 and tries < _SECANTS:  # nearly a line: a few secants find it
+                middle = low + int(min((budget - at_low) / slope, float(MAX_TOKENS)))
+                middle = min(max(middle, low + 1), high - 1)
+            ms = self.total_ms(prompt, middle, level)
+            tries, slope = tries + 1, (ms - at_low) / (middle - low)
+            if ms <= budget:
+                low, at_low = middle, ms
+            else:
+                high = middle
         return low
 
     def p_within(self, budget_ms: float, prompt_tokens: int | None = None, workload: str | None = None) -> float:

@@ -139,7 +139,7 @@ class ReloadingTable:
         return getattr(self.current, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *(name for name in dir(LatencyTable) if not name.startswith("_"))})
+        return sorted({*super().__dir__(), *(name for name in dir(self.current) if not name.startswith("_"))})
 
     def __getitem__(self, key: Any) -> Entry:
         return self.current[key]

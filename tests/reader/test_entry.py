@@ -255,7 +255,14 @@ def test_explain_gives_every_part() -> None:
     assert explained.decode.n == 15
     assert explained.prefill.p95_upper_ms == FIGURES[entry.key].prefill.p95_upper_ms
     text = str(explained)
-    assert [line.split()[0] for line in text.splitlines()] == ["tier=low,", "part", "prefill", "first", "decode", "total"]
+    assert [line.split()[0] for line in text.splitlines()] == [
+        "tier=low,",
+        "part",
+        "prefill",
+        "first",
+        "decode",
+        "total",
+    ]
     assert f"{explained.total.value_ms:.3f}" in text
     assert json.loads(json.dumps(explained.as_dict()))["total"]["n"] == 12
 

@@ -112,24 +112,24 @@ def test_scalar_batch_and_sql_say_the_same(
     tables: dict[str, LatencyTable], name: str, drawn: list[tuple[float, float, int, float]]
 ) -> None:
     table = tables[name]
-    queries = []
+    queries: list[tuple[lutest.Key, int, int, float]] = []
     for key_place, prompt_place, n, q_place in drawn:
         _, key = _chosen(tables, name, key_place)
         q = table.quantiles[int(q_place * (len(table.quantiles) - 1))]
-        queries.append((*key, _prompt(table, key, prompt_place), n, q))
+        queries.append((key, _prompt(table, key, prompt_place), n, q))
     scalar = [
         (
-            table[t, k, b].prefill_ms(p, q),
-            table[t, k, b].decode_step_ms(p + n, q),
-            table[t, k, b].decode_ms(p, n, q),
-            table[t, k, b].total_ms(p, n, q),
+            table[key].prefill_ms(p, q),
+            table[key].decode_step_ms(p + n, q),
+            table[key].decode_ms(p, n, q),
+            table[key].total_ms(p, n, q),
         )
-        for t, k, b, p, n, q in queries
+        for key, p, n, q in queries
     ]
     for q in {query[-1] for query in queries}:
         mine = [number for number, query in enumerate(queries) if query[-1] == q]
-        ids = np.array([table.keys.index(queries[number][:3]) for number in mine])
-        prompt, n_tokens = (np.array([queries[number][column] for number in mine]) for column in (3, 4))
+        ids = np.array([table.keys.index(queries[number][0]) for number in mine])
+        prompt, n_tokens = np.array([queries[number][1:3] for number in mine]).T
         batch = zip(
             table.batch.prefill_ms(ids, prompt, q).tolist(),
             table.batch.decode_step_ms(ids, prompt + n_tokens, q).tolist(),
@@ -150,7 +150,7 @@ def test_scalar_batch_and_sql_say_the_same(
             )
             ORDER BY place
             """,
-            [value for place, query in enumerate(queries) for value in (place, *query)],
+            [value for place, (key, *query) in enumerate(queries) for value in (place, *key, *query)],
         ).fetchall()
     for expected, answer in zip(scalar, answers, strict=True):
         assert answer == pytest.approx(expected, rel=1e-9)

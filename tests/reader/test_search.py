@@ -196,7 +196,9 @@ def test_budgets_of_an_unknown_length() -> None:
     assert 0 < len(likely) < len(decoding)
     assert 0 < len(expected) < len(decoding)
     for wrong in ({"q": 0.95}, {"output_tokens": 5}, {"by": "expected"}):
-        with pytest.raises(ArgumentError, match=r"^p_at_least=0\.9 and .*: allowed is one of p_at_least, by='expected'"):
+        with pytest.raises(
+            ArgumentError, match=r"^p_at_least=0\.9 and .*: allowed is one of p_at_least, by='expected'"
+        ):
             TABLE.feasible(150.0, p_at_least=0.9, **cast(Any, wrong))
     with pytest.raises(ArgumentError, match=r"p_at_least is 1\.0; allowed: above 0 and below 1"):
         TABLE.feasible(150.0, p_at_least=1.0)
