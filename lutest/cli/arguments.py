@@ -16,15 +16,36 @@ if TYPE_CHECKING:
     from lutest.reader.table import LatencyTable
     from lutest.runs.configuration import BuildConfig
 
-__all__ = ["JSON", "TABLE", "Verb", "add_runs", "argument", "given_key", "given_prompt_tokens", "given_runs", "verb"]
+__all__ = [
+    "JSON",
+    "TABLE",
+    "Answer",
+    "Verb",
+    "add_runs",
+    "argument",
+    "given_key",
+    "given_prompt_tokens",
+    "given_runs",
+    "verb",
+]
 
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
-Run = Callable[[argparse.Namespace], "int | None"]
+
+
+class Answer(NamedTuple):
+    """What a command found: plain values for JSON, lines for people, and the exit code."""
+
+    content: object
+    lines: Sequence[str]
+    status: int = 0
+
+
+Run = Callable[[argparse.Namespace], "Answer | None"]
 
 
 class Verb(NamedTuple):
-    """A command; `run` returns its exit code, None for 0."""
+    """A command; `run` returns None where it has printed its answer itself."""
 
     name: str
     summary: str
@@ -119,34 +140,23 @@ def given_key(table: LatencyTable, values: Sequence[str]) -> Key:
     return tuple(_typed(table, place, value) for place, value in enumerate(values))
 
 
-def given_prompt_tokens(table: LatencyTable, text: str | None) -> int | dict[str, dict[str | int | float, int]] | None:
+def given_prompt_tokens(table: LatencyTable, text: str | None) -> Any:
     """Prompt lengths: a number, or one for each value of a key column: ``low=150,high=510``, ``users:1=99,64=200``."""
-    if text is None:
-        return None
-    if "=" not in text:
-        return _whole(text)
-    column, colon, rest = text.partition(":")
-    named = colon and column in table.key_columns
-    pairs = [part.rpartition("=") for part in (rest if named else text).split(",")]
-    tokens = {value.strip(): _whole(number) for value, _, number in pairs}
-    if not named:
-        fitting = [name for place, name in enumerate(table.key_columns) if _holds(table, place, tokens)]
-        if len(fitting) != 1:
-            fit = (
-                f"fits {' and '.join(fitting)}" if fitting else f"has values of none of {', '.join(table.key_columns)}"
-            )
-            example = fitting[0] if fitting else table.key_columns[0]
-            raise ArgumentError(f"--prompt-tokens {text} {fit}: name the column, as in {example}:{text}")
-        column = fitting[0]
-    place = table.key_columns.index(column)
-    return {column: {_typed(table, place, value): number for value, number in tokens.items()}}
-
-
-def _holds(table: LatencyTable, place: int, values: Mapping[str, int]) -> bool:
-    try:
-        return {_typed(table, place, value) for value in values} <= {key[place] for key in table.keys}
-    except ArgumentError:
-        return False
+    if text is None or "=" not in text:
+        return text and _whole(text)
+    column, _, rest = text.partition(":")
+    if column not in table.key_columns:
+        column, rest = "", text
+    held = {str(value): value for key in table.keys for value in key}
+    tokens = {
+        held.get(value, value): _whole(number) for value, _, number in (p.rpartition("=") for p in rest.split(","))
+    }
+    fitting = [name for i, name in enumerate(table.key_columns) if tokens.keys() <= {key[i] for key in table.keys}]
+    if not column and len(fitting) > 1:
+        raise ArgumentError(
+            f"--prompt-tokens {text} fits {' and '.join(fitting)}: name the column, as {fitting[0]}:{text}"
+        )
+    return {column or fitting[0]: tokens} if column or fitting else tokens
 
 
 def _typed(table: LatencyTable, place: int, text: str) -> str | int | float:

@@ -6,8 +6,8 @@ import argparse
 from dataclasses import asdict
 
 import lutest
-from lutest.cli.arguments import JSON, TABLE, add_runs, argument, given_runs, verb
-from lutest.cli.printing import format_table, print_json, run_bar, working
+from lutest.cli.arguments import JSON, TABLE, Answer, add_runs, argument, given_runs, verb
+from lutest.cli.printing import format_table, run_bar, working
 from lutest.cli.reading import count_runs, format_key_table, read_key_records
 from lutest.judging.finding import count
 
@@ -23,33 +23,26 @@ _MOST_SOURCES_SHOWN = 20
     argument("--mixed", action="store_true", help="mix runs of several models or devices on purpose"),
     JSON,
 )
-def build(arguments: argparse.Namespace) -> None:
+def build(arguments: argparse.Namespace) -> Answer:
     """Build a table from runs."""
     runs, config = given_runs(arguments)
     with working() as progress:
         summary = lutest.build(config, runs=runs, output=arguments.output, mixed=arguments.mixed, progress=progress)
     table = lutest.load(summary.output)
     keys = read_key_records(table)
-    if arguments.json:
-        print_json({**asdict(summary), "keys": keys})
-        return
-    sources = [
-        (source.path, source.rows_read, source.rows_used, source.rows_rejected)
-        for source in summary.sources[:_MOST_SOURCES_SHOWN]
-    ]
-    print(format_table(("source", "read", "used", "rejected"), sources))
-    if len(summary.sources) > len(sources):
-        print(f"… {count(len(summary.sources), 'source')} in all: {count_runs(asdict(summary)['sources'])}")
-    for reason, n in summary.rejected.items():
-        print(f"  {count(n, 'run')} rejected: {reason}")
+    content = {**asdict(summary), "keys": keys}
+    shown = [tuple(source.values()) for source in content["sources"][:_MOST_SOURCES_SHOWN]]
+    lines = [format_table(("source", "read", "used", "rejected"), shown)]
+    if len(summary.sources) > len(shown):
+        lines.append(f"… {count(len(summary.sources), 'source')} in all: {count_runs(content['sources'])}")
+    lines += [f"  {count(n, 'run')} rejected: {reason}" for reason, n in summary.rejected.items()]
     if summary.n_clamped:
-        print(f"  {count(summary.n_clamped, 'run')} clamped at zero decode: kept as censored from below")
+        lines.append(f"  {count(summary.n_clamped, 'run')} clamped at zero decode: kept as censored from below")
     if summary.n_kept_beyond_fences:
         kept = count(summary.n_kept_beyond_fences, "run")
-        print(f"  {kept} beyond the outlier fences: kept, for over 5 % of all runs are a tail, not outliers")
-    print()
-    print(format_key_table(table.key_columns, keys, upper=False))
-    print(f"\nwritten to {summary.output} in {summary.seconds:.1f} s, content hash {summary.content_hash}")
+        lines.append(f"  {kept} beyond the outlier fences: kept, for over 5 % of all runs are a tail, not outliers")
+    written = f"written to {summary.output} in {summary.seconds:.1f} s, content hash {summary.content_hash}"
+    return Answer(content, [*lines, "", format_key_table(table.key_columns, keys, upper=False), "", written])
 
 
 @verb(
@@ -58,20 +51,17 @@ def build(arguments: argparse.Namespace) -> None:
     argument("-o", "--output", required=True, metavar="OUT.parquet", help="file to write"),
     JSON,
 )
-def convert(arguments: argparse.Namespace) -> None:
+def convert(arguments: argparse.Namespace) -> Answer:
     """Write runs as one Parquet file."""
     runs, config = given_runs(arguments)
     with working() as progress:
         summary = lutest.convert(runs, arguments.output, config=config, progress=progress)
-    if arguments.json:
-        print_json(asdict(summary))
-        return
-    for reason, n in summary.problems.items():
-        print(f"  {count(n, 'run')} that a build will reject: {reason}")
-    print(
+    written = (
         f"{count(summary.rows, 'run')} written to {summary.output} in {summary.seconds:.1f} s, "
         f"{summary.size_bytes / 1024:,.0f} KiB, columns {', '.join(summary.columns)}"
     )
+    problems = [f"  {count(n, 'run')} that a build will reject: {reason}" for reason, n in summary.problems.items()]
+    return Answer(asdict(summary), [*problems, written])
 
 
 @verb(
@@ -81,13 +71,11 @@ def convert(arguments: argparse.Namespace) -> None:
     argument("--parquet", action="store_true", help="write a folder with one Parquet file per table"),
     JSON,
 )
-def export(arguments: argparse.Namespace) -> None:
+def export(arguments: argparse.Namespace) -> Answer:
     """Write a table as plain data: JSON, which can be loaded, or Parquet."""
     summary = lutest.export(arguments.table, arguments.output, parquet=arguments.parquet)
-    if arguments.json:
-        print_json(asdict(summary))
-        return
-    print(f"{count(sum(summary.rows.values()), 'row')} of {len(summary.rows)} tables written to {summary.output}")
+    written = f"{count(sum(summary.rows.values()), 'row')} of {len(summary.rows)} tables written to {summary.output}"
+    return Answer(asdict(summary), [written])
 
 
 def _texts(given: str) -> list[str]:
@@ -130,26 +118,22 @@ def _integers(given: str) -> list[int]:
     ),
     JSON,
 )
-def profile(arguments: argparse.Namespace) -> None:
+def profile(arguments: argparse.Namespace) -> Answer:
     """Profile a model with random weights on this machine; the same command goes on where it was interrupted."""
     from lutest.profile.presets import parse_output_lengths
     from lutest.profile.sweep import run_sweep
 
-    options = vars(arguments)
-    as_json, lengths = options.pop("json"), options.pop("output_lengths")
-    options["output_lengths"] = None if lengths is None else parse_output_lengths(lengths)
+    options = {name: value for name, value in vars(arguments).items() if name != "json"}
+    if arguments.output_lengths is not None:
+        options["output_lengths"] = parse_output_lengths(arguments.output_lengths)
     with run_bar(arguments.minutes) as progress:
         summary = run_sweep(**options, progress=progress)
-    if as_json:
-        print_json(asdict(summary))
-        return
-    print(f"{summary.model}, on {summary.device}")
-    print(
+    overhead = f"recording adds {summary.step_overhead_us:.2g} µs to a decode step"
+    if summary.step_p50_ms:
+        overhead += f", {summary.step_overhead_us / 10 / summary.step_p50_ms:.2g} % of its median"
+    recorded = (
         f"{count(summary.n_recorded, 'run')} of {count(summary.n_keys, 'configuration')} recorded in {summary.output} "
         f"in {summary.seconds:.0f} s, {summary.n_missing:,} still to do; "
         f"{count(summary.n_warmup, 'warm-up run')} left out"
     )
-    share = (
-        f", {summary.step_overhead_us / 10 / summary.step_p50_ms:.2g} % of its median" if summary.step_p50_ms else ""
-    )
-    print(f"recording adds {summary.step_overhead_us:.2g} µs to a decode step{share}")
+    return Answer(asdict(summary), [f"{summary.model}, on {summary.device}", recorded, overhead])

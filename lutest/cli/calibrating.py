@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import lutest
-from lutest.cli.arguments import JSON, TABLE, add_runs, argument, given_runs, verb
-from lutest.cli.printing import format_table, print_json, working
+from lutest.cli.arguments import JSON, TABLE, Answer, add_runs, argument, given_runs, verb
+from lutest.cli.printing import format_table, working
 from lutest.judging.finding import count
 
 if TYPE_CHECKING:
@@ -30,18 +30,20 @@ _MOST_LINES = 12
     argument("-o", "--output", required=True, metavar="NEW", help="table file to write"),
     JSON,
 )
-def calibrate(arguments: argparse.Namespace) -> None:
+def calibrate(arguments: argparse.Namespace) -> Answer:
     """Carry a table to another device with few runs."""
     runs, config = given_runs(arguments)
     with working() as progress:
         done = lutest.calibrate(arguments.table, runs, arguments.output, config=config, progress=progress)
-    if arguments.json:
-        print_json(asdict(done))
-        return
-    print(f"{done.output}: calibrated with {count(done.n_runs, 'run')}{_left_out(done.left_out)}")
-    for name, stage in (("prefill", done.prefill), ("decode", done.decode)):
-        print(_stage_line(name, stage))
-    print(f"content hash {done.content_hash}, of its parent {done.parent_content_hash}")
+    return Answer(
+        asdict(done),
+        [
+            f"{done.output}: calibrated with {count(done.n_runs, 'run')}{_left_out(done.left_out)}",
+            _stage_line("prefill", done.prefill),
+            _stage_line("decode", done.decode),
+            f"content hash {done.content_hash}, of its parent {done.parent_content_hash}",
+        ],
+    )
 
 
 def _left_out(left_out: Mapping[str, int]) -> str:
@@ -67,21 +69,21 @@ def _stage_line(name: str, stage: StageCalibration | None) -> str:
     argument("-n", type=int, default=25, metavar="N", help="how many runs (default: 25)"),
     JSON,
 )
-def plan(arguments: argparse.Namespace) -> None:
+def plan(arguments: argparse.Namespace) -> Answer:
     """Propose the runs that make a calibration the least uncertain."""
     planned = lutest.plan(arguments.table, arguments.n)
-    if arguments.json:
-        runs = [
-            {**dict(zip(planned.key_columns, run.key, strict=True)), "prompt_tokens": run.prompt_tokens}
-            for run in planned.runs
-        ]
-        print_json({"runs": runs, "deviation": planned.deviation, "random_deviation": planned.random_deviation})
-        return
+    runs = [
+        {**dict(zip(planned.key_columns, run.key, strict=True)), "prompt_tokens": run.prompt_tokens}
+        for run in planned.runs
+    ]
     rows = [[*run.key, run.prompt_tokens, times] for run, times in Counter(planned.runs).items()]
-    print(format_table([*planned.key_columns, "prompt tokens", "runs"], rows))
-    print(
+    told = (
         f"the most telling first; they leave P50 uncertain by {planned.deviation:.2f} of a run's deviation, "
         f"{count(arguments.n, 'run')} at random by {planned.random_deviation:.2f}"
+    )
+    return Answer(
+        {"runs": runs, "deviation": planned.deviation, "random_deviation": planned.random_deviation},
+        [format_table([*planned.key_columns, "prompt tokens", "runs"], rows), told],
     )
 
 
@@ -105,7 +107,7 @@ def plan(arguments: argparse.Namespace) -> None:
     ),
     JSON,
 )
-def check(arguments: argparse.Namespace) -> int:
+def check(arguments: argparse.Namespace) -> Answer:
     """Test whether a table still holds for runs; exit code 1 if it does not."""
     runs, config = given_runs(arguments)
     with working() as progress:
@@ -117,22 +119,18 @@ def check(arguments: argparse.Namespace) -> int:
             config=config,
             progress=progress,
         )
-    status = 0 if found.holds else _DRIFTED
-    if arguments.json:
-        print_json(found.as_dict())
-        return status
     alarms = [test for test in found.alarms if test.coverage.key is not None]
     shown = [test for test in found.tests if test.coverage.key is None] + alarms[:_MOST_LINES]
     headers = ["stage", "configuration", "runs", "observed / P50", "quantile", "within %", "p", "adjusted p", ""]
-    print(format_table(headers, [_test_row(test, test in found.alarms) for test in shown]))
+    lines = [format_table(headers, [_test_row(test, test in found.alarms) for test in shown])]
     if len(alarms) > _MOST_LINES:
-        print(f"and {len(alarms) - _MOST_LINES} more of single configurations")
+        lines.append(f"and {len(alarms) - _MOST_LINES} more of single configurations")
     verdict = "still holds" if found.holds else "no longer holds"
-    print(
+    lines.append(
         f"{found.table}: {verdict} for {count(found.n_runs, 'run')}{_left_out(found.left_out)}; "
         f"{count(len(found.tests), 'test')}, false alarms at most {found.false_alarm_rate:g}"
     )
-    return status
+    return Answer(found.as_dict(), lines, 0 if found.holds else _DRIFTED)
 
 
 def _test_row(test: CoverageTest, alarm: bool) -> list[object]:

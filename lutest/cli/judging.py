@@ -10,8 +10,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import lutest
-from lutest.cli.arguments import JSON, TABLE, add_runs, given_runs, verb
-from lutest.cli.printing import format_table, one_line, print_json, working
+from lutest.cli.arguments import JSON, TABLE, Answer, add_runs, given_runs, verb
+from lutest.cli.printing import format_table, one_line, working
 from lutest.judging.finding import SEVERITIES, Finding, count
 from lutest.reader.names import quantile_suffix
 
@@ -26,41 +26,33 @@ _WIDTH = 110
 
 
 @verb("lutest evaluate tables/mine.duckdb held-out/", TABLE, add_runs, JSON)
-def evaluate(arguments: argparse.Namespace) -> None:
+def evaluate(arguments: argparse.Namespace) -> Answer:
     """Judge a table by runs, best by runs that it was not built from."""
     runs, config = given_runs(arguments)
     with working() as progress:
         evaluation = lutest.evaluate(arguments.table, runs, config=config, progress=progress)
-    if arguments.json:
-        print_json(evaluation.as_dict())
-        return
-    print(render_evaluation(evaluation))
+    return Answer(evaluation.as_dict(), [render_evaluation(evaluation)])
 
 
 @verb("lutest diagnose results/", add_runs, JSON)
-def diagnose(arguments: argparse.Namespace) -> None:
+def diagnose(arguments: argparse.Namespace) -> Answer:
     """Say what is wrong with runs before building on them."""
     runs, config = given_runs(arguments)
     with working() as progress:
         findings = lutest.diagnose(runs, config=config, progress=progress)
-    if arguments.json:
-        print_json({"findings": [finding.as_dict() for finding in findings]})
-        return
-    print(render_findings(findings))
+    return Answer({"findings": [finding.as_dict() for finding in findings]}, [render_findings(findings)])
 
 
 @verb("lutest verify tables/mine.duckdb", TABLE, JSON)
-def verify(arguments: argparse.Namespace) -> None:
+def verify(arguments: argparse.Namespace) -> Answer:
     """Check every byte and every row of a table."""
     verified = lutest.verify(arguments.table)
-    if arguments.json:
-        print_json(asdict(verified))
-        return
     rows = count(sum(verified.rows.values()), "row")
-    print(
+    whole = (
         f"{verified.path}: whole: {verified.size_bytes / 1024:,.0f} KiB as sealed, "
         f"{rows} in {len(verified.rows)} tables with content hash {verified.content_hash}"
     )
+    return Answer(asdict(verified), [whole])
 
 
 def render_findings(findings: Sequence[Finding]) -> str:

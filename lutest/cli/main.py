@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from lutest.cli import building, calibrating, judging, reading
 from lutest.cli.arguments import Verb
-from lutest.cli.printing import one_line
+from lutest.cli.printing import one_line, print_json
 from lutest.reader.errors import LutestError
 
 __all__ = ["main"]
@@ -52,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = VERBS[_parser().parse_args(given[:1]).command]
     arguments = _parser_of(verb).parse_intermixed_args(given[1:])  # options may stand between runs
     try:
-        status = verb.run(arguments)
+        answer = verb.run(arguments)
+        if answer is not None and arguments.json:
+            print_json(answer.content)
+        elif answer is not None:
+            print("\n".join(answer.lines))
         sys.stdout.flush()  # a closed pipe shows here, not at exit
     except LutestError as error:
         return _report_error(error)
@@ -64,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report_error(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
     except KeyboardInterrupt:
         return _INTERRUPTED
-    return status or 0
+    return answer.status if answer is not None else 0
 
 
 def _report_error(message: object) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lutest
-from lutest.cli.arguments import JSON, TABLE, argument, given_key, given_prompt_tokens, verb
+from lutest.cli.arguments import JSON, TABLE, Answer, argument, given_key, given_prompt_tokens, verb
 from lutest.cli.printing import fitted_table, format_table, one_line, print_json, unique_names
 from lutest.judging.finding import count
 from lutest.reader.errors import ArgumentError
@@ -31,7 +31,7 @@ _BUDGET_Q = 0.95
 
 
 @verb("lutest info tables/mine.duckdb", TABLE, JSON)
-def info(arguments: argparse.Namespace) -> None:
+def info(arguments: argparse.Namespace) -> Answer:
     """Say what a table is and holds."""
     table = lutest.load(arguments.table)  # says what is wrong with a file that is no table
     meta = table.meta
@@ -43,10 +43,7 @@ def info(arguments: argparse.Namespace) -> None:
     keys = read_key_records(table)
     for key in keys:
         key["runs_wanted"] = max(0, _LEAST_RUNS_FOR_BOUND - key["n"])
-    if arguments.json:
-        content = {"path": arguments.table, "meta": meta, "key_columns": list(table.key_columns), "keys": keys}
-        print_json({**content, "sources": sources, "rejected": dict(rejected)})
-        return
+    content = {"path": arguments.table, "meta": meta, "key_columns": list(table.key_columns), "keys": keys}
     facts = [
         ("table", arguments.table),
         ("model", _names(meta.get("model"))),
@@ -64,16 +61,15 @@ def info(arguments: argparse.Namespace) -> None:
         ("sources", f"{count(len(sources), 'file')}: {count_runs(sources)}"),
         ("rejected", ", ".join(f"{n:,} {reason}" for reason, n in rejected) or "none"),
     ]
-    for title, value in facts:
-        print(f"{one_line(title):<16}{one_line(value)}")
-    print()
-    print(format_key_table(table.key_columns, keys, upper=True))
+    lines = [f"{one_line(title):<16}{one_line(value)}" for title, value in facts]
+    lines += ["", format_key_table(table.key_columns, keys, upper=True)]
     thin = [key for key in keys if key["runs_wanted"]]
     if thin:
-        print(f"\nthin: no upper bound of P95 below {_LEAST_RUNS_FOR_BOUND} runs")
-        for key in thin:
-            name = " ".join(str(key[part]) for part in table.key_columns)
-            print(f"  {one_line(name)}: {count(key['n'], 'run')}, {key['runs_wanted']} more wanted")
+        lines += ["", f"thin: no upper bound of P95 below {_LEAST_RUNS_FOR_BOUND} runs"]
+    for key in thin:
+        name = " ".join(str(key[part]) for part in table.key_columns)
+        lines.append(f"  {one_line(name)}: {count(key['n'], 'run')}, {key['runs_wanted']} more wanted")
+    return Answer({**content, "sources": sources, "rejected": dict(rejected)}, lines)
 
 
 def _values(table: LatencyTable, place: int) -> str:
@@ -170,24 +166,19 @@ def count_runs(sources: Sequence[Mapping[str, Any]]) -> str:
     argument("--missing", choices=("error", "interpolate"), default="error", help="fill in what is not held"),
     JSON,
 )
-def lookup(arguments: argparse.Namespace) -> None:
+def lookup(arguments: argparse.Namespace) -> Answer:
     """Estimate one configuration, part by part."""
     table = lutest.load(arguments.table, missing=arguments.missing)
     entry = table.lookup(*given_key(table, arguments.key))
     q = {} if arguments.q is None else {"q": arguments.q}
     explanation = entry.explain(arguments.prompt_tokens, arguments.output_tokens, **q)
-    fitting = None
+    content, lines = explanation.as_dict(), list(map(one_line, str(explanation).split("\n")))
     if arguments.budget_ms is not None:
         fitting = entry.max_output_tokens(arguments.budget_ms, arguments.prompt_tokens, **q)
-    if arguments.json:
-        content = explanation.as_dict()
-        if fitting is not None:
-            content.update(budget_ms=arguments.budget_ms, max_output_tokens=fitting)
-        print_json(content)
-        return
-    print("\n".join(map(one_line, str(explanation).split("\n"))))
-    if fitting is not None:
-        print(f"  {arguments.budget_ms:g} ms fit {count(fitting, 'output token')} at q = {q.get('q', _BUDGET_Q):g}")
+        content.update(budget_ms=arguments.budget_ms, max_output_tokens=fitting)
+        at = f"at q = {q.get('q', _BUDGET_Q):g}"
+        lines.append(f"  {arguments.budget_ms:g} ms fit {count(fitting, 'output token')} {at}")
+    return Answer(content, lines)
 
 
 @verb(
@@ -211,7 +202,7 @@ def lookup(arguments: argparse.Namespace) -> None:
     argument("--workload", metavar="NAME", help="whose output lengths (default: all of the table)"),
     JSON,
 )
-def feasible(arguments: argparse.Namespace) -> None:
+def feasible(arguments: argparse.Namespace) -> Answer:
     """List configurations that fit a budget."""
     table = lutest.load(arguments.table)
     prompt_tokens = given_prompt_tokens(table, arguments.prompt_tokens)
@@ -243,16 +234,13 @@ def feasible(arguments: argparse.Namespace) -> None:
         if arguments.by is not None:
             record["expected_total_ms"] = entry.expected_total_ms(prompt, workload)
         found.append(record)
-    if arguments.json:
-        print_json({"budget_ms": budget_ms, "q": q, "feasible": found})
-        return
-    condition = _condition(arguments, q)
+    content = {"budget_ms": budget_ms, "q": q, "feasible": found}
+    condition, n = _condition(arguments, q), count(len(table.keys), "configuration")
     if not found:
-        print(f"none of the {count(len(table.keys), 'configuration')} has {condition}")
-        return
-    print(f"{len(found)} of {count(len(table.keys), 'configuration')} have {condition}")
+        return Answer(content, [f"none of the {n} has {condition}"])
     headers = [name.replace("_ms", " ms") if name not in table.key_columns else name for name in found[0]]
-    print(format_table(headers, [list(record.values()) for record in found]))
+    rows = [list(record.values()) for record in found]
+    return Answer(content, [f"{len(found)} of {n} have {condition}", format_table(headers, rows)])
 
 
 def _condition(arguments: argparse.Namespace, q: float) -> str:

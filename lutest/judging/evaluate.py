@@ -122,18 +122,10 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
-        scores = {
-            name: [score.as_dict(self.key_columns) for score in getattr(self, name)]
-            for name in ("overall", "by_output_tokens", "by_key")
-        }
-        return {
-            "table": self.table,
-            "n_runs": self.n_runs,
-            "n_clamped": self.n_clamped,
-            "left_out": self.left_out,
-            "warnings": list(self.warnings),
-            **scores,
-        }
+        named = {name: value for name, value in vars(self).items() if name != "key_columns"}
+        for name in ("overall", "by_output_tokens", "by_key"):
+            named[name] = [score.as_dict(self.key_columns) for score in named[name]]
+        return {**named, "warnings": list(self.warnings)}
 
 
 def evaluate(

@@ -335,7 +335,7 @@ def test_sql_limits(direct_table: Path, printed: Printed) -> None:
         (("feasible", "{table}", "100", "--margin", "inf"), "margin is inf"),
         (("feasible", "{table}", "100", "--prompt-tokens", "many"), "'many' for a number of tokens"),
         (("feasible", "{table}", "100", "--prompt-tokens", "low=100"), "medium"),
-        (("feasible", "{table}", "100", "--prompt-tokens", "tiny=100"), "name the column, as in tier:tiny=100"),
+        (("feasible", "{table}", "100", "--prompt-tokens", "tiny=100"), "tier 'high', 'low', 'medium'"),
         (("feasible", "{serving}", "100", "--prompt-tokens", "1=9,4=9"), "fits n_gpus and users: name the column"),
         (("feasible", "{table}", "100", "--p-at-least", "0.9", "-q", "0.5"), "q"),
         (("feasible", "{table}", "100", "--by", "luck"), "'luck'"),
