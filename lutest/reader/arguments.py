@@ -1,16 +1,14 @@
-"""Checks of the arguments that estimates take, each error naming the argument, its value and what is allowed."""
+"""Checks of the arguments that tables take, each error naming the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import SupportsFloat, SupportsIndex, TypeVar, cast
+from typing import Any, SupportsFloat, SupportsIndex, TypeVar, cast
 
-from lutest.reader.errors import ArgumentError
-from lutest.reader.figures import KeyColumn
-
-__all__ = ["MAX_TOKENS", "key_values", "positive_ms", "quantile_index", "whole_number"]
+from lutest.reader.errors import ArgumentError, UnknownKeyError
+from lutest.reader.figures import Figures, Key, KeyColumn, described_key
 
 MAX_TOKENS = 10**12
 
@@ -70,3 +68,77 @@ def quantile_index(quantiles: Sequence[float], q: object) -> int:
         if held == q:
             return i
     raise ArgumentError(f"q is {q!r}; allowed: the quantiles that the table holds, {', '.join(map(str, quantiles))}")
+
+
+def named_key(figures: Figures, values: Sequence[Any], named: Mapping[str, Any]) -> Key:
+    """The key that is asked for, measured or not: categories by their names, numbers as numbers.
+
+    Parameters
+    ----------
+    figures : Figures
+        The table.
+    values, named : sequence and mapping
+        One for each key column, in their order or by their names, as a caller gave them.
+
+    Raises
+    ------
+    ArgumentError
+        Too few or too many values.
+    UnknownKeyError
+        A category that the table does not hold, or something else than a finite number.
+    """
+    columns = figures.key_columns
+    given = key_values(columns, values, named)
+    return tuple(_key_value(figures, place, column, given[place]) for place, column in enumerate(columns))
+
+
+def _key_value(figures: Figures, place: int, column: KeyColumn, value: Any) -> str | int | float:
+    if column.kind == "category":
+        levels = dict.fromkeys(held.key[place] for held in figures.keys)
+        if isinstance(value, str) and value in levels:
+            return str(value)
+        raise UnknownKeyError(
+            f"{column.name} {value!r} is not in the table, which holds {', '.join(map(repr, levels))}"
+        )
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UnknownKeyError(f"{column.name} is {value!r}; allowed: a number")
+    return int(number) if number.is_integer() else number
+
+
+def not_measured(figures: Figures, key: Key) -> UnknownKeyError:
+    """Error for a key of which a table has no runs; it names the nearest ones that have."""
+    columns = figures.key_columns
+    near = "; ".join(", ".join(map(repr, held)) for held in _nearest(figures, key))
+    return UnknownKeyError(
+        f"{described_key(columns, key)} was not measured; nearest measured "
+        f"({', '.join(column.name for column in columns)}): {near}; load(path, missing='interpolate') fills it in"
+    )
+
+
+def _nearest(figures: Figures, key: Key) -> list[Key]:
+    """The three keys of the fewest other categories, and of these the nearest in numbers, each over its range."""
+    keys = [held.key for held in figures.keys]
+    categories = [place for place, column in enumerate(figures.key_columns) if column.kind == "category"]
+    numbers = [place for place in range(len(key)) if place not in categories]
+    axes = {place: number_axis([held[place] for held in keys], key[place]) for place in numbers}
+
+    def distance(number: int) -> tuple[int, float]:
+        held, apart = keys[number], 0.0
+        for at in axes.values():
+            span = (max(at[:-1]) - min(at[:-1])) or 1.0
+            apart += ((at[number] - at[-1]) / span) ** 2
+        return sum(held[place] != key[place] for place in categories), apart
+
+    return [keys[number] for number in sorted(range(len(keys)), key=distance)[:3]]
+
+
+def number_axis(held: Sequence[Any], wanted: Any) -> list[float]:
+    """Places of measured numbers and of one more on their axis: logarithmic where all of them are positive."""
+    values = [*map(float, held), float(wanted)]
+    if min(values[:-1]) <= 0.0:
+        return values
+    return [math.log(value) if value > 0.0 else -math.inf for value in values]

@@ -11,19 +11,6 @@ from numpy.typing import NDArray
 from lutest.reader.curves import KeyPieces, by_length
 from lutest.reader.figures import Figures
 
-__all__ = [
-    "SPAN",
-    "Floats",
-    "Ints",
-    "Level",
-    "Places",
-    "decode_at",
-    "flat_level",
-    "flat_places",
-    "prefill_at",
-    "total_at",
-]
-
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 

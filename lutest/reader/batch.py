@@ -14,8 +14,6 @@ from lutest.reader.curves import key_pieces
 from lutest.reader.errors import ArgumentError, NoDecodeDataError, UnknownKeyError
 from lutest.reader.figures import Figures, Key, described_key
 
-__all__ = ["Batch"]
-
 _CHUNK = 8192  # elements at a time, so that what lies between two steps stays in the cache
 _INDEX_BYTES = 4 << 20  # of the tables from (key, length) to a piece; longer lengths are searched for
 _Number = TypeVar("_Number", np.float64, np.int64)

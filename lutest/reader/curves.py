@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 from lutest.reader.figures import KeyFigures
 
-__all__ = ["ByLength", "KeyPieces", "Pieces", "by_length", "key_pieces", "sum_to", "value_at"]
-
 
 class Pieces(NamedTuple):
     """A piecewise-linear curve from 0 on.

@@ -10,13 +10,11 @@ from operator import index as whole
 from typing import Any, TypeAlias
 
 from lutest.reader.arguments import MAX_TOKENS, positive_ms, quantile_index, whole_number
-from lutest.reader.curves import KeyPieces, by_length, key_pieces, sum_to, value_at
+from lutest.reader.curves import by_length, key_pieces, sum_to, value_at
 from lutest.reader.errors import NoDecodeDataError
 from lutest.reader.explanation import Explanation, explained
-from lutest.reader.figures import Key, KeyColumn, KeyFigures, described_key
+from lutest.reader.figures import KeyColumn, KeyFigures, Unchanging, described_key
 from lutest.reader.lengths import Lengths, lengths_of, levels_of, mean_over_lengths, share_within
-
-__all__ = ["Entry"]
 
 _EXPECTED_TOLERANCE = 1e-4
 _P_WITHIN_TOLERANCE = 4e-4
@@ -24,16 +22,13 @@ _INDEXED = 2048  # lengths whose piece is looked up in a table of bytes; beyond,
 _FARTHEST = 2 * MAX_TOKENS
 _SECANTS = 8  # of the search for the most tokens, before it goes on by halves
 
+
 # Rows of `by_length` for held tokens, with place by length and starts; the same for tokens that come out; twice the
 # correlation of prefill and decode; the side of the median; median prompt length, own P50 and own quantile of prefill.
-_Held: TypeAlias = tuple[tuple[int, float, float, float, float, float, float, float], ...]
-_Out: TypeAlias = tuple[tuple[int, float, float, float, float], ...]
-_Level: TypeAlias = tuple[
-    _Held, Sequence[int], list[int], _Out, Sequence[int], list[int], float, float, tuple[int, float, float]
-]
+_Level: TypeAlias = tuple[Any, ...]
 
 
-class Entry:
+class Entry(Unchanging):
     """The estimates for one configuration: immutable, picklable, all verbs in plain Python floats.
 
     Attributes
@@ -51,38 +46,6 @@ class Entry:
         ``measured``, ``calibrated``, or how it was filled in: ``interpolated``, ``extrapolated``.
     """
 
-    __slots__ = (
-        "_columns",
-        "_figures",
-        "_lengths",
-        "_levels",
-        "_own_prefill",
-        "_pieces",
-        "_quantiles",
-        "decode_step_p50_ms",
-        "decode_step_p95_ms",
-        "key",
-        "n",
-        "prefill_p50_ms",
-        "prefill_p95_ms",
-        "source",
-    )
-
-    key: Key
-    prefill_p50_ms: float
-    prefill_p95_ms: float
-    decode_step_p50_ms: float | None
-    decode_step_p95_ms: float | None
-    n: int
-    source: str
-    _columns: tuple[KeyColumn, ...]
-    _figures: KeyFigures
-    _lengths: Mapping[str | None, Lengths]
-    _levels: dict[float, _Level]
-    _own_prefill: dict[float, float]
-    _pieces: KeyPieces
-    _quantiles: tuple[float, ...]
-
     def __init__(
         self,
         figures: KeyFigures,
@@ -94,39 +57,19 @@ class Entry:
         pieces, prefill = key_pieces(figures, median), figures.prefill.quantiles_ms
         step = figures.decode.quantiles_ms if figures.decode else None
         levels: dict[float, _Level] = {}
-        held_index: Sequence[int] = b""
-        out_index: Sequence[int] = b""
         for i, q in enumerate(quantiles):
-            held, out = by_length(pieces, median, i)
-            held_starts, out_starts = [row[0] for row in held], [row[0] for row in out]
-            held_index, out_index = held_index or _index(held_starts), out_index or _index(out_starts)
+            (held, starts, index), (out, out_starts, out_index) = map(_indexed, by_length(pieces, median, i))
+            sign, own = float((i > median) - (i < median)), (figures.prompt_tokens_p50, prefill[median], prefill[i])
             correlated = 2.0 * figures.correlations[i]
-            own = figures.prompt_tokens_p50, prefill[median], prefill[i]
-            sign = float((i > median) - (i < median))
-            levels[q] = (held, held_index, held_starts, out, out_index, out_starts, correlated, sign, own)
-        for name, value in (
-            ("key", figures.key),
-            ("prefill_p50_ms", prefill[median]),
-            ("prefill_p95_ms", prefill[tail]),
-            ("decode_step_p50_ms", step and step[median]),
-            ("decode_step_p95_ms", step and step[tail]),
-            ("n", figures.prefill.n),
-            ("source", figures.source),
-            ("_columns", key_columns),
-            ("_figures", figures),
-            ("_lengths", lengths or {}),
-            ("_levels", levels),
-            ("_own_prefill", dict(zip(quantiles, prefill, strict=True))),
-            ("_pieces", pieces),
-            ("_quantiles", quantiles),
-        ):
-            object.__setattr__(self, name, value)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"an Entry cannot be changed: {name}")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"an Entry cannot be changed: {name}")
+            levels[q] = (held, index, starts, out, out_index, out_starts, correlated, sign, own)
+        self.key, self.n, self.source = figures.key, figures.prefill.n, figures.source
+        self.key_columns = tuple(column.name for column in key_columns)
+        self.prefill_p50_ms, self.prefill_p95_ms = prefill[median], prefill[tail]
+        self.decode_step_p50_ms = step[median] if step else None
+        self.decode_step_p95_ms = step[tail] if step else None
+        self._figures, self._quantiles, self._columns, self._lengths = figures, quantiles, key_columns, lengths or {}
+        self._pieces, self._levels, self._own_prefill = pieces, levels, dict(zip(quantiles, prefill, strict=True))
+        self._made = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Entry, (self._figures, self._quantiles, self._columns, dict(self._lengths))
@@ -137,11 +80,6 @@ class Entry:
             f"<Entry {described_key(self._columns, self.key)}: prefill_p50_ms={self.prefill_p50_ms:.4g}, "
             f"prefill_p95_ms={self.prefill_p95_ms:.4g}, decode_step_p50_ms={step}, n={self.n}, {self.source}>"
         )
-
-    @property
-    def key_columns(self) -> tuple[str, ...]:
-        """Names of the values of `key`."""
-        return tuple(column.name for column in self._columns)
 
     def prefill_ms(self, prompt_tokens: int | None = None, q: float = 0.5) -> float:
         """Prefill latency: everything up to the first token.
@@ -167,11 +105,12 @@ class Entry:
             if prompt_tokens is None:
                 return self._own_prefill[q]
             if 0 <= prompt_tokens <= MAX_TOKENS:
-                rows, index, starts, *_ = self._levels[q]
+                rows, index, starts, _, _, _, _, _, _ = self._levels[q]
                 start, _, _, ms, slope, _, _, _ = rows[
                     index[prompt_tokens] if prompt_tokens < _INDEXED else bisect_right(starts, whole(prompt_tokens)) - 1
                 ]
-                return ms + (prompt_tokens - start) * slope
+                found: float = ms + (prompt_tokens - start) * slope
+                return found
         except (KeyError, TypeError):
             pass  # not allowed, or a whole number of another type
         prompt, _, level = self._checked(prompt_tokens, 1, q)
@@ -277,7 +216,8 @@ class Entry:
                 x = output_tokens - start
                 d = steps_ms * (spread + x * spread_slope)
                 a = sign * (at_q - p50)
-                return p50 + steps_ms * (ratio + x * ratio_slope) + sign * sqrt(d * d + a * (a + correlated * d))
+                ms: float = p50 + steps_ms * (ratio + x * ratio_slope) + sign * sqrt(d * d + a * (a + correlated * d))
+                return ms
         except (IndexError, KeyError, TypeError):
             pass  # not allowed, or a whole number of another type, or nothing is known of decode
         prompt_tokens, n, q = self._checked(prompt_tokens, output_tokens, q)
@@ -422,8 +362,9 @@ class Entry:
         )
 
 
-def _index(starts: Sequence[int]) -> Sequence[int]:
-    """Length → place of its piece, for lengths below `_INDEXED`."""
+def _indexed(rows: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int], Sequence[int]]:
+    """Rows of pieces, their starts, and length → place of its piece, for lengths below `_INDEXED`."""
+    starts = [row[0] for row in rows]
     ends = [min(start, _INDEXED) for start in (*starts[1:], _INDEXED)]
     places = [j for j, end in enumerate(ends) for _ in range(end - (ends[j - 1] if j else 0))]
-    return bytes(places) if len(starts) <= 256 else tuple(places)
+    return rows, starts, bytes(places) if len(starts) <= 256 else tuple(places)

@@ -2,17 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "ArgumentError",
-    "BuildError",
-    "ConfigError",
-    "LutestError",
-    "NoDecodeDataError",
-    "SourceError",
-    "TableError",
-    "UnknownKeyError",
-]
-
 
 class LutestError(Exception):
     """Base of every error that lutest raises on purpose."""

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 from lutest.reader.figures import Curve, FillError, KeyColumn, KeyFigures
 
-__all__ = ["Explanation", "Part", "explained"]
-
 _RANK = {"measured": 0, "calibrated": 1, "interpolated": 2, "extrapolated": 3}
 
 

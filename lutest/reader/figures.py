@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-__all__ = [
-    "Curve",
-    "Figures",
-    "FillError",
-    "Key",
-    "KeyColumn",
-    "KeyFigures",
-    "Quality",
-    "Summary",
-    "TotalRatios",
-    "described_key",
-]
-
-
 # A configuration: its values, in the order of the table's key columns.
 Key: TypeAlias = tuple[str | int | float, ...]
+
+
+class Unchanging:
+    """Whatever is set in ``__init__``, up to `_made`, stays as it is."""
+
+    _made = False
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if self._made:
+            raise AttributeError(f"{type(self).__name__} cannot be changed: {name}")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__} cannot be changed: {name}")
 
 
 class KeyColumn(NamedTuple):

@@ -16,17 +16,6 @@ from typing import NamedTuple
 
 from lutest.reader.errors import ArgumentError
 
-__all__ = [
-    "OUTERMOST_SCORE",
-    "Lengths",
-    "Levels",
-    "lengths_by_workload",
-    "lengths_of",
-    "levels_of",
-    "mean_over_lengths",
-    "share_within",
-]
-
 OUTERMOST_SCORE = 3.0  # 0.1 % on either side: what lies beyond is nothing that a table could know
 _FLAT = 1e-7  # of the whole range: what is in between two ends this near is their mean
 _STEEP = 0.1  # of the whole range: what changes by more is looked into, however straight it seems

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 from lutest.reader.entry import Entry
 from lutest.reader.errors import TableError
@@ -15,11 +16,9 @@ from lutest.reader.file import read_figures
 from lutest.reader.names import refuse_unfinished
 from lutest.reader.table import LatencyTable, Missing
 
-__all__ = ["CHECK_EVERY_S", "ReloadingTable", "load", "lookup", "use"]
-
 CHECK_EVERY_S = 0.5
 
-_Stamp = tuple[int, int, int, int, int]
+_Stamp = tuple[int, ...]
 
 
 @overload
@@ -56,14 +55,6 @@ def load(
     return LatencyTable(read_figures(path), os.fspath(path), missing)
 
 
-class _State(NamedTuple):
-    """What is swapped as a whole: the table, the stamp of the file when it was last looked at, and when that was."""
-
-    table: LatencyTable
-    stamp: _Stamp | None
-    checked_s: float
-
-
 class ReloadingTable:
     """A table that follows its file: everything that `LatencyTable` has, from the newest one that could be read.
 
@@ -83,30 +74,26 @@ class ReloadingTable:
         The first table cannot be read.
     """
 
-    __slots__ = ("_claims", "_missing", "_path", "_state")
-
-    _path: str
-    _missing: Missing
-    _state: _State
-    _claims: dict[int, object]
-
-    def __init__(self, path: str | os.PathLike[str], missing: Missing = "error") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], missing: Missing = "error", table: LatencyTable | None = None
+    ) -> None:
         self._path, self._missing = os.path.abspath(path), missing
         # looked at before it is read: one replaced in between is read once more, never missed
-        stamp = _stamp(self._path)
-        self._state = _State(self._read(), stamp, time.monotonic())
-        self._claims = {}
+        stamp: _Stamp | None = () if table else _stamp(self._path)
+        # swapped as a whole: the table, the stamp of the file when it was last looked at, and when that was
+        self._state = table or self._read(), stamp, -math.inf if table else time.monotonic()
+        self._claims: dict[int, object] = {}
 
     @property
     def current(self) -> LatencyTable:
         """The newest table that could be read: immutable, no handle."""
-        state = self._state
-        if abs(time.monotonic() - state.checked_s) < CHECK_EVERY_S:  # abs: another machine's clock, after pickling
-            return state.table
+        table, _, checked_s = self._state
+        if time.monotonic() - checked_s < CHECK_EVERY_S:
+            return table
         # one thread looks, the others go on; by process, so that no fork inherits another thread's claim
         process, claim = os.getpid(), object()
         if self._claims.setdefault(process, claim) is not claim:
-            return state.table
+            return table
         try:
             return self._look()
         finally:
@@ -123,7 +110,7 @@ class ReloadingTable:
                 table = self._read()
             except (TableError, OSError) as error:
                 problem = str(error)
-        self._state = _State(table, stamp, time.monotonic())
+        self._state = table, stamp, time.monotonic()
         if problem is not None and stamp != seen:
             warnings.warn(
                 f"{self._path}: not read anew, the old table goes on: {problem}", RuntimeWarning, stacklevel=3
@@ -157,8 +144,7 @@ class ReloadingTable:
         return f"<reloading {self.current!r}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        table, stamp, _ = self._state
-        return _restored, (self._path, self._missing, table, stamp)
+        return ReloadingTable, (self._path, self._missing, self._state[0])
 
 
 def _stamp(path: str) -> _Stamp | None:
@@ -169,21 +155,10 @@ def _stamp(path: str) -> _Stamp | None:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _restored(path: str, missing: Missing, table: LatencyTable, stamp: _Stamp | None) -> ReloadingTable:
-    handle = ReloadingTable.__new__(ReloadingTable)
-    handle._path, handle._missing, handle._claims = path, missing, {}
-    handle._state = _State(table, stamp, float("-inf"))
-    return handle
-
-
 _current: LatencyTable | ReloadingTable | None = None
 _current_entries: dict[Key, Entry] = {}
 
 
-@overload
-def use(table: LatencyTable | str | os.PathLike[str]) -> LatencyTable: ...
-@overload
-def use(table: ReloadingTable) -> ReloadingTable: ...
 def use(table: LatencyTable | ReloadingTable | str | os.PathLike[str]) -> LatencyTable | ReloadingTable:
     """Make a table, or the one at a path, the table of the module-level `lookup`, and return it.
 

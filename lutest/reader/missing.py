@@ -8,11 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from lutest.reader.arguments import number_axis
 from lutest.reader.errors import UnknownKeyError
 from lutest.reader.figures import Curve, Figures, FillError, Key, KeyFigures, Summary, TotalRatios, described_key
-from lutest.reader.unknown_key import number_axis
-
-__all__ = ["interpolate_key"]
 
 Floats = NDArray[np.float64]
 _LARGEST_LOG = 60.0  # e^60 ms is beyond any latency: what gets there was extrapolated too far

@@ -6,19 +6,6 @@ import os
 
 from lutest.reader.errors import TableError
 
-__all__ = [
-    "KEY_COLUMNS",
-    "LOG_ENDINGS",
-    "REBUILD",
-    "SCHEMA_VERSION",
-    "TEMPORARY_ENDING",
-    "literal",
-    "quantile_column",
-    "quantile_suffix",
-    "quote",
-    "refuse_unfinished",
-]
-
 SCHEMA_VERSION = 1
 KEY_COLUMNS = "key_columns"  # row of meta: the key columns as JSON, in their order
 REBUILD = "build it again with `lutest build`"

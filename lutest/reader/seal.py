@@ -12,8 +12,6 @@ from typing import BinaryIO
 
 from lutest.reader.errors import TableError
 
-__all__ = ["check_seal", "write_seal"]
-
 _HEADER_BYTES = 3 * 4096  # DuckDB's headers, of which it rewrites one whenever it changes a file
 _CHUNK_BYTES = 1 << 20
 _MAGIC = b"\nlutest seal 1 "

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, SupportsFloat, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, TypeAlias, cast
 
-from lutest.reader.arguments import positive_ms, quantile_index, whole_number
-from lutest.reader.entry import Entry
+from lutest.reader.arguments import named_key, not_measured, positive_ms, quantile_index, whole_number
 from lutest.reader.errors import ArgumentError, NoDecodeDataError
 from lutest.reader.figures import Key, KeyColumn, Quality
 
-__all__ = [
-    "By",
-    "Option",
-    "PromptTokens",
-    "Request",
-    "best_of",
-    "fitting",
-    "front_of",
-    "given_qualities",
-    "held_qualities",
-    "with_latency",
-]
+if TYPE_CHECKING:
+    from lutest.reader.table import LatencyTable
 
 # One request has another prompt length in every configuration: a number for all, a mapping from the values of a key
 # column or from keys (or from the column's name to such a mapping), or a callable of the key.
@@ -59,85 +49,234 @@ class Option:
     upper: float | None = None
 
 
-class Request:
-    """What is asked of every configuration; checked when made.
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of every entry; checked when made."""
+
+    table: LatencyTable
+    prompt_tokens: PromptTokens | None
+    output_tokens: int | None
+    q: float | None
+    p_at_least: float | None
+    by: By | None
+    workload: str | None
+
+    def __post_init__(self) -> None:
+        if self.by not in (None, "expected"):
+            raise ArgumentError(f"by is {self.by!r}; allowed: 'expected', or left out")
+        named = {name: getattr(self, name) for name in ("p_at_least", "by", "output_tokens", "q")}
+        given = [f"{name}={value!r}" for name, value in named.items() if value is not None]
+        if len(given) > 1 and not self.of_known_length:
+            raise ArgumentError(
+                f"{' and '.join(given)}: allowed is one of p_at_least, by='expected', and q with or without "
+                "output_tokens; the first two are for an output length that nobody knows"
+            )
+        if self.p_at_least is not None and not 0.0 < self.p_at_least < 1.0:
+            raise ArgumentError(f"p_at_least is {self.p_at_least!r}; allowed: above 0 and below 1")
+        quantile_index(self.table.quantiles, self.level)
+        if self.output_tokens is not None:
+            whole_number("output_tokens", self.output_tokens, 1)
+
+    @property
+    def level(self) -> float:
+        return BUDGET_QUANTILE if self.q is None else self.q
+
+    @property
+    def of_known_length(self) -> bool:
+        """Whether a quantile decides, that of the total or of prefill, and not the table's output lengths."""
+        return self.p_at_least is None and self.by is None
+
+    def latencies(
+        self, budget_ms: float = math.inf, prefill_share: float = 1.0, margin: float = 0.0
+    ) -> dict[Key, float]:
+        """Prefill, or the total where something is said of the output, of what fits the budget and can be said."""
+        prompts = _prompt_lengths(self.table.figures.key_columns, self.table.keys, self.prompt_tokens)
+        limit_ms = budget_ms / (1.0 + margin)
+        found = {}
+        for key in self.table.keys:
+            entry, prompt = self.table[key], prompts[key]
+            with contextlib.suppress(NoDecodeDataError):
+                if self.output_tokens is not None:
+                    ms = entry.total_ms(prompt, self.output_tokens, self.level)
+                elif self.of_known_length:
+                    ms = entry.prefill_ms(prompt, self.level)
+                else:
+                    ms = entry.expected_total_ms(prompt, self.workload)
+                if self.p_at_least is not None:
+                    fits = entry.p_within(limit_ms, prompt, self.workload) >= self.p_at_least
+                else:
+                    of_prefill = self.output_tokens is None and self.of_known_length
+                    fits = ms <= limit_ms * (prefill_share if of_prefill else 1.0)
+                if fits:
+                    found[key] = ms
+        return found
+
+
+def feasible(
+    table: LatencyTable,
+    budget_ms: float,
+    prompt_tokens: PromptTokens | None = None,
+    output_tokens: int | None = None,
+    prefill_share: float = 0.8,
+    q: float | None = None,
+    margin: float = 0.0,
+    *,
+    p_at_least: float | None = None,
+    by: By | None = None,
+    workload: str | None = None,
+) -> list[Key]:
+    """Measured configurations that fit a budget.
+
+    Parameters
+    ----------
+    budget_ms : float
+        Finite, above 0.
+    prompt_tokens : int, mapping or callable, optional
+        One request has another prompt length in every configuration: a number for all; a mapping from the values of
+        one key column, such as ``{"low": 150, "high": 510}``, or from keys; a callable of the key. Where the
+        values are found in two columns, name one: ``{"users": {1: 150, 64: 150}}``. Left out: each configuration's
+        own prefill quantiles.
+    output_tokens : int, optional
+        Given: the total must fit. Left out: prefill must fit its share.
+    prefill_share : float
+        Part of the budget that prefill may take, above 0 and at most 1.
+    q : float, optional
+        One of the table's quantiles; 0.95 if left out.
+    margin : float
+        0 or more; with 0.1, the estimate times 1.1 must fit.
+    p_at_least : float, optional
+        With the output length unknown: the probability of staying within the budget, over the table's output
+        lengths, must be at least this (see `Entry.p_within`).
+    by : {"expected"}, optional
+        With the output length unknown: the expected total must fit (see `Entry.expected_total_ms`).
+    workload : str, optional
+        Whose output lengths to take for these two; left out: those of all together.
+
+    Returns
+    -------
+    list of tuple
+        In the order of `keys`. One without decode figures is left out where they are needed.
 
     Raises
     ------
     ArgumentError
-        An argument outside of what is allowed, arguments that exclude each other, or prompt lengths that miss a
-        measured value.
+        Also where `p_at_least`, `by` and `q` or `output_tokens` stand beside each other, and where a mapping of
+        prompt lengths misses a measured value.
     """
+    asked = _Asked(table, prompt_tokens, output_tokens, q, p_at_least, by, workload)
+    return list(asked.latencies(*_checked_budget(budget_ms, prefill_share, margin)))
 
-    def __init__(
-        self,
-        columns: Sequence[KeyColumn],
-        keys: Sequence[Key],
-        quantiles: Sequence[float],
-        prompt_tokens: PromptTokens | None,
-        output_tokens: int | None,
-        q: float | None,
-        p_at_least: float | None = None,
-        by: By | None = None,
-        workload: str | None = None,
-    ) -> None:
-        if by not in (None, "expected"):
-            raise ArgumentError(f"by is {by!r}; allowed: 'expected', or left out")
-        unknown_length = [f"p_at_least={p_at_least!r}"] if p_at_least is not None else []
-        unknown_length += [f"by={by!r}"] if by is not None else []
-        others = [f"output_tokens={output_tokens!r}"] if output_tokens is not None else []
-        others += [f"q={q!r}"] if q is not None else []
-        if unknown_length and (others or len(unknown_length) > 1):
-            raise ArgumentError(
-                f"{' and '.join([*unknown_length, *others])}: allowed is one of p_at_least, by='expected', and q with "
-                "or without output_tokens; the first two are for an output length that nobody knows"
-            )
-        if p_at_least is not None and not 0.0 < p_at_least < 1.0:
-            raise ArgumentError(f"p_at_least is {p_at_least!r}; allowed: above 0 and below 1")
-        self.q = quantiles[quantile_index(quantiles, BUDGET_QUANTILE if q is None else q)]
-        self.output_tokens = None if output_tokens is None else whole_number("output_tokens", output_tokens, 1)
-        self.p_at_least, self.by, self.workload = p_at_least, by, workload
-        self._prompt_of = _prompt_lengths(columns, keys, prompt_tokens)
 
-    @property
-    def of_prefill(self) -> bool:
-        """Whether prefill decides, for nothing is said of the output."""
-        return self.output_tokens is None and self.p_at_least is None and self.by is None
+def best(
+    table: LatencyTable,
+    budget_ms: float,
+    prompt_tokens: PromptTokens | None = None,
+    output_tokens: int | None = None,
+    prefill_share: float = 0.8,
+    q: float | None = None,
+    margin: float = 0.0,
+    quality: Mapping[Any, float] | None = None,
+    workload: str | None = None,
+    *,
+    p_at_least: float | None = None,
+    by: By | None = None,
+) -> Option | None:
+    """The configuration of the highest quality that fits a budget; of equals, the fastest.
 
-    def latency_ms(self, entry: Entry) -> float | None:
-        """Prefill, or the total where something is said of the output; None where nobody can say."""
-        prompt = self._prompt_of(entry.key)
-        try:
-            if self.output_tokens is not None:
-                return entry.total_ms(prompt, self.output_tokens, self.q)
-            if self.of_prefill:
-                return entry.prefill_ms(prompt, self.q)
-            return entry.expected_total_ms(prompt, self.workload)
-        except NoDecodeDataError:
-            return None
+    Parameters
+    ----------
+    budget_ms, prompt_tokens, output_tokens, prefill_share, q, margin, p_at_least, by
+        As in `feasible`.
+    quality : mapping, optional
+        Key → number, higher is better; only these configurations are looked at. Left out: the table's own
+        accuracies.
+    workload : str, optional
+        Whose accuracies to take, and whose output lengths where they are unknown; needed where the table holds
+        accuracies of several workloads.
 
-    def fits(self, entry: Entry, ms: float, budget_ms: float, prefill_share: float, margin: float) -> bool:
-        """Whether an entry of this latency keeps to the budget."""
-        if self.p_at_least is not None:
-            within = entry.p_within(budget_ms / (1.0 + margin), self._prompt_of(entry.key), self.workload)
-            return within >= self.p_at_least
-        return ms * (1.0 + margin) <= (prefill_share if self.of_prefill else 1.0) * budget_ms
+    Returns
+    -------
+    Option or None
+        None where nothing that has a quality fits: never a configuration that breaks the budget.
+
+    Raises
+    ------
+    ArgumentError
+        Also where there is no quality to go by.
+    UnknownKeyError
+        A configuration of `quality` was not measured.
+    """
+    asked = _Asked(table, prompt_tokens, output_tokens, q, p_at_least, by, workload)
+    latencies = asked.latencies(*_checked_budget(budget_ms, prefill_share, margin))
+    options = _options(asked, latencies, quality)
+    return min(options, key=lambda option: (-option.quality, option.latency_ms), default=None)
+
+
+def frontier(
+    table: LatencyTable,
+    prompt_tokens: PromptTokens | None = None,
+    output_tokens: int | None = None,
+    q: float | None = None,
+    quality: Mapping[Any, float] | None = None,
+    workload: str | None = None,
+    *,
+    by: By | None = None,
+) -> list[Option]:
+    """The configurations that are worth choosing: no other is as fast and better, or faster and as good.
+
+    Parameters, errors
+        As in `best`. Latency is prefill where nothing is said of the output, else the total.
+
+    Returns
+    -------
+    list of Option
+        By rising latency, and so by rising quality.
+    """
+    asked = _Asked(table, prompt_tokens, output_tokens, q, None, by, workload)
+    front: list[Option] = []
+    for option in sorted(_options(asked, asked.latencies(), quality), key=lambda o: (o.latency_ms, -o.quality)):
+        if not front or option.quality > front[-1].quality:
+            front.append(option)
+    return front
+
+
+def _options(asked: _Asked, latencies: Mapping[Key, float], quality: Mapping[Any, float] | None) -> list[Option]:
+    """The configurations that have a latency and a quality: the caller's, or the table's own."""
+    if quality is None:
+        qualities = _held_qualities(asked.table.figures.qualities, asked.workload)
+    elif asked.workload is not None and asked.of_known_length:
+        raise ArgumentError(f"workload is {asked.workload!r} beside a quality of your own; allowed: one of the two")
+    else:
+        qualities = _given_qualities(asked.table, quality)
+    return [
+        Option(key, ms, held.accuracy, held.n or None, held.lower, held.upper)
+        for key, ms in latencies.items()
+        if (held := qualities.get(key)) is not None
+    ]
+
+
+def _checked_budget(budget_ms: float, prefill_share: float, margin: float) -> tuple[float, float, float]:
+    budget = positive_ms("budget_ms", budget_ms)
+    if not 0.0 < prefill_share <= 1.0:
+        raise ArgumentError(f"prefill_share is {prefill_share!r}; allowed: above 0 and at most 1")
+    if not 0.0 <= margin < math.inf:
+        raise ArgumentError(f"margin is {margin!r}; allowed: finite, 0 or more")
+    return budget, prefill_share, margin
 
 
 def _prompt_lengths(
     columns: Sequence[KeyColumn], keys: Sequence[Key], given: PromptTokens | None
-) -> Callable[[Key], int | None]:
+) -> Mapping[Key, int | None]:
     """Prompt length of each key, all of them checked."""
     if given is None:
-        return lambda _: None
+        return dict.fromkeys(keys)
     if isinstance(given, Mapping):
         held = {key: _mapped(columns, keys, given, key) for key in keys}
     elif callable(given):
         held = {key: given(key) for key in keys}
     else:
         held = dict.fromkeys(keys, given)
-    checked = {key: whole_number("prompt_tokens", tokens, 0) for key, tokens in held.items()}
-    return checked.__getitem__
+    return {key: whole_number("prompt_tokens", tokens, 0) for key, tokens in held.items()}
 
 
 def _mapped(columns: Sequence[KeyColumn], keys: Sequence[Key], given: Mapping[Any, Any], key: Key) -> Any:
@@ -177,36 +316,7 @@ def _values(keys: Sequence[Key], place: int) -> str:
     return ", ".join(repr(value) for value in dict.fromkeys(key[place] for key in keys))
 
 
-def fitting(
-    entries: Iterable[Entry], request: Request, budget_ms: float, prefill_share: float, margin: float
-) -> dict[Key, float]:
-    """Configurations whose estimate, with the margin, fits the budget or prefill's share of it; with their latency.
-
-    Raises
-    ------
-    ArgumentError
-    """
-    budget = positive_ms("budget_ms", budget_ms)
-    if not 0.0 < prefill_share <= 1.0:
-        raise ArgumentError(f"prefill_share is {prefill_share!r}; allowed: above 0 and at most 1")
-    if not 0.0 <= margin < math.inf:
-        raise ArgumentError(f"margin is {margin!r}; allowed: finite, 0 or more")
-    return {
-        entry.key: ms
-        for entry, ms in with_latency(entries, request)
-        if request.fits(entry, ms, budget, prefill_share, margin)
-    }
-
-
-def with_latency(entries: Iterable[Entry], request: Request) -> Iterator[tuple[Entry, float]]:
-    """Entries with the latency that decides, those left out of which nobody can say it."""
-    for entry in entries:
-        ms = request.latency_ms(entry)
-        if ms is not None:
-            yield entry, ms
-
-
-def held_qualities(rows: Sequence[Quality], workload: str | None) -> dict[Key, Quality]:
+def _held_qualities(rows: Sequence[Quality], workload: str | None) -> dict[Key, Quality]:
     """The table's own qualities on one workload; None: the only one that it holds.
 
     Raises
@@ -227,19 +337,13 @@ def held_qualities(rows: Sequence[Quality], workload: str | None) -> dict[Key, Q
     return {row.key: row for row in rows if row.workload == workload}
 
 
-def given_qualities(quality: Mapping[Any, float], find: Callable[[Any], Key]) -> dict[Key, Quality]:
-    """The caller's qualities, by the table's own keys.
-
-    Raises
-    ------
-    UnknownKeyError
-        A configuration that was not measured.
-    ArgumentError
-        A key or a value of a wrong kind.
-    """
+def _given_qualities(table: LatencyTable, quality: Mapping[Any, float]) -> dict[Key, Quality]:
+    """The caller's qualities, by the table's own keys."""
     held = {}
     for given, value in quality.items():
-        key = find(given)
+        key = named_key(table.figures, given if isinstance(given, tuple) else (given,), {})
+        if key not in table:
+            raise not_measured(table.figures, key)
         try:
             number = math.nan if isinstance(value, str) else float(cast(SupportsFloat, value))
         except (TypeError, ValueError):
@@ -250,26 +354,3 @@ def given_qualities(quality: Mapping[Any, float], find: Callable[[Any], Key]) ->
     if not held:
         raise ArgumentError(f"quality is empty: {_HOW}")
     return held
-
-
-def best_of(latencies: Mapping[Key, float], qualities: Mapping[Key, Quality]) -> Option | None:
-    """The highest quality among configurations; of equals, the fastest."""
-    options = _options(latencies, qualities)
-    return min(options, key=lambda option: (-option.quality, option.latency_ms), default=None)
-
-
-def front_of(latencies: Mapping[Key, float], qualities: Mapping[Key, Quality]) -> list[Option]:
-    """The Pareto front: options than which no other is as fast and better, or faster and as good; by latency."""
-    front: list[Option] = []
-    for option in sorted(_options(latencies, qualities), key=lambda o: (o.latency_ms, -o.quality)):
-        if not front or option.quality > front[-1].quality:
-            front.append(option)
-    return front
-
-
-def _options(latencies: Mapping[Key, float], qualities: Mapping[Key, Quality]) -> list[Option]:
-    return [
-        Option(key, ms, held.accuracy, held.n or None, held.lower, held.upper)
-        for key, ms in latencies.items()
-        if (held := qualities.get(key)) is not None
-    ]

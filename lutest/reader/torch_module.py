@@ -13,8 +13,6 @@ from lutest.reader.curves import key_pieces
 from lutest.reader.errors import ArgumentError
 from lutest.reader.figures import Figures
 
-__all__ = ["LatencyModule"]
-
 
 class LatencyModule(nn.Module):
     """Latencies of arrays of configurations, on the device that the module is on.
