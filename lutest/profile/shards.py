@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import duckdb
-import filelock
 import yaml
 
 from lutest.reader.errors import ArgumentError, BuildError, ConfigError, SourceError
 from lutest.reader.figures import Key
 from lutest.reader.names import TEMPORARY_ENDING, literal, quote
 from lutest.tablefile.schema import refuse_key_names
+from lutest.tablefile.store import held_lock, synced
 
 __all__ = ["RunStore"]
 
@@ -96,21 +96,15 @@ class RunStore:
         self._runs_per_shard = runs_per_shard
         self._journal: BinaryIO | None = None
         self._rows: list[dict[str, Any]] = []
-        self._lock = filelock.FileLock(folder / _LOCK, timeout=0)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(NotImplementedError):  # a file system without locks
-                self._lock.acquire()
-        except filelock.Timeout as error:
-            raise BuildError(f"{folder}: another session records runs in this folder") from error
         except OSError as error:
             raise BuildError(f"{folder}: cannot record runs there: {error.strerror or error}") from error
-        try:
+        with contextlib.ExitStack() as held:
+            held.enter_context(held_lock(folder / _LOCK, folder, "another session records runs in this folder"))
             self._manifest = _read_manifest(folder / _MANIFEST, {"key_columns": list(self.key_columns), **settings})
             self._recover()
-        except BaseException:
-            self._lock.release()
-            raise
+            self._held = held.pop_all()
 
     def check_key(self, key: Key) -> None:
         """Refuse what is no configuration, or is a text where the runs before it have a number."""
@@ -151,7 +145,7 @@ class RunStore:
         """Let go of the folder."""
         if self._journal is not None:
             self._journal.close()
-        self._lock.release()
+        self._held.close()
 
     def _run_key(self, row: Mapping[str, Any]) -> Key:
         return (*(row[name] for name in self.key_columns), row["sample_id"])
@@ -227,15 +221,9 @@ class RunStore:
 
 def _put(temporary: Path, target: Path) -> None:
     """Rename a file once it is on the disk."""
-    with temporary.open("rb+") as stream:
-        os.fsync(stream.fileno())
+    synced(temporary)
     os.replace(temporary, target)
-    with contextlib.suppress(OSError):  # systems that cannot open folders
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    synced(target.parent)
 
 
 def _read_manifest(path: Path, settings: Mapping[str, object]) -> dict[str, Any]:

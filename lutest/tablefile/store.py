@@ -17,8 +17,8 @@ import duckdb
 import filelock
 
 from lutest.reader.errors import BuildError, TableError
-from lutest.reader.export_file import EXPORT_FORMAT
 from lutest.reader.figures import KeyColumn
+from lutest.reader.file import EXPORT_FORMAT
 from lutest.reader.names import KEY_COLUMNS, LOG_ENDINGS, TEMPORARY_ENDING, literal, quote
 from lutest.reader.seal import write_seal
 from lutest.tablefile.macros import write_macros
@@ -26,7 +26,7 @@ from lutest.tablefile.schema import STORAGE_VERSION, TABLES, Table, stored_key_c
 from lutest.tablefile.sql import connect
 from lutest.tablefile.verify import content_hash, parent_schema, row_counts
 
-__all__ = ["RUNS_MARK", "locked", "replacing", "temporary_path", "write_table"]
+__all__ = ["RUNS_MARK", "held_lock", "locked", "replacing", "synced", "temporary_path", "write_table"]
 
 RUNS_MARK = "KV_METADATA {lutest: 'runs'}"  # option of COPY, by which a Parquet file is known as one of convert's
 _BLOCK_SIZE = 16_384  # small tables: the default of 256 KiB a block would be mostly air
@@ -60,8 +60,9 @@ def locked(output: Path, sources: Iterable[Path] = (), kind: str = "table") -> I
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BuildError(f"{output}: cannot make the folder {target.parent}: {error.strerror}") from error
-    with _lock(target) as alone:
-        if alone:  # else what looks left over may be another build at work
+    busy = "locked, another build is writing it; try again when it is done"
+    with held_lock(target.parent / f".{target.name}.lutest-lock", target, busy) as alone:
+        if alone:  # else what looks left over may be another build at work, and the rename alone keeps tables whole
             _clear(target)
         _refuse_log(target)
         yield target
@@ -152,20 +153,25 @@ def _target(output: Path, kind: _Kind, sources: Iterable[Path]) -> Path:
 
 
 @contextlib.contextmanager
-def _lock(target: Path) -> Iterator[bool]:
-    """Hold the lock file beside a target, which stays; whether that keeps other builds out."""
-    lock = filelock.FileLock(target.parent / f".{target.name}.lutest-lock", timeout=0)
+def held_lock(path: Path, locked: Path, busy: str) -> Iterator[bool]:
+    """Hold a lock file, which stays; whether that keeps others out, as it does not on every file system.
+
+    Raises
+    ------
+    BuildError
+        Another process holds it, of which `busy` says what it does with what is `locked`; or it cannot be written.
+    """
     with contextlib.ExitStack() as held:
         alone = True
         try:
-            held.enter_context(lock)
+            held.enter_context(filelock.FileLock(path, timeout=0))
         except filelock.Timeout as error:
-            raise BuildError(f"{target}: locked, another build is writing it; try again when it is done") from error
-        except NotImplementedError:  # no locks there; the rename alone keeps tables whole
+            raise BuildError(f"{locked}: {busy}") from error
+        except NotImplementedError:  # no locks there
             alone = False
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise BuildError(f"{target}: cannot write into {target.parent}: {error.strerror}") from error
+                raise BuildError(f"{locked}: cannot write into {path.parent}: {error.strerror}") from error
             alone = False
         yield alone
 
@@ -263,10 +269,9 @@ def write_table(
             write_seal(temporary)
             _verify(temporary, digest, counts)
             read_back(temporary)
-            _sync(temporary)
+            synced(temporary)
             _refuse_log(output)
-        if os.name != "nt":  # where a folder cannot be opened
-            _sync(output.parent)
+        synced(output.parent)
     except TableError as error:
         raise BuildError(f"{output}: the new table cannot be read, so it did not replace the old: {error}") from error
     except duckdb.Error as error:
@@ -364,7 +369,10 @@ def _verify(temporary: Path, digest: str, counts: Mapping[str, int]) -> None:
             raise BuildError(f"{temporary.parent}: what was read back is not what was written; is the disk sound?")
 
 
-def _sync(path: Path) -> None:
+def synced(path: Path) -> None:
+    """Return once a file is on the disk, or a folder with what was renamed in it."""
+    if path.is_dir() and os.name == "nt":  # where a folder cannot be opened
+        return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows wants a file open for writing
     try:
         os.fsync(descriptor)
