@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lutest.reader.arguments import MAX_TOKENS, key_values, quantile_index
-from lutest.reader.arrays import SPAN, Floats, Ints, Level, decode_at, flat_level, flat_places, prefill_at, total_at
+from lutest.reader.arrays import SPAN, Floats, Ints, decode_at, flat_level, flat_places, prefill_at, total_at
 from lutest.reader.curves import key_pieces
 from lutest.reader.errors import ArgumentError, NoDecodeDataError, UnknownKeyError
 from lutest.reader.figures import Figures, Key, described_key
 
 _CHUNK = 8192  # elements at a time, so that what lies between two steps stays in the cache
-_INDEX_BYTES = 4 << 20  # of the tables from (key, length) to a piece; longer lengths are searched for
+_INDEX_BYTES = 4 << 20  # of the tables from (key, length) to a piece; beyond, lengths are searched for
+_LEAST = {"prompt_tokens": 0, "kv_len": 1, "output_tokens": 1}
 _Number = TypeVar("_Number", np.float64, np.int64)
-_Part = tuple[slice, Ints, NDArray[np.bool_] | None]
+
+
+class _Request(NamedTuple):
+    """Arguments broadcast against each other, checked and laid out flat; unknown keys have the id 0 in `key`."""
+
+    shape: tuple[int, ...]
+    key: Ints
+    unknown: NDArray[np.bool_]
+    tokens: list[Ints | None]
 
 
 class Batch:
@@ -36,9 +45,11 @@ class Batch:
         self._levels = [flat_level(figures, pieces, i) for i in range(len(self._quantiles))]
         self._typical_prompt = np.array([key.prompt_tokens_p50 for key in figures.keys], dtype=np.int64)
         self._has_decode = np.array([key.step is not None for key in pieces])
-        self._width = max(1, min(2048, _INDEX_BYTES // (16 * len(pieces))))
+        last = max(int((places % SPAN).max()) for places in self._places)
+        self._width = max(1, min(last + 1, _INDEX_BYTES // (16 * len(pieces))))
+        self._whole_index = last < self._width
         at = SPAN * np.arange(len(pieces))[:, None] + np.arange(self._width)
-        self._held_index, self._out_index = (_search(places, at).reshape(-1) for places in self._places)
+        self._indices = [_search(places, at).reshape(-1) for places in self._places]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Batch, (self._figures,)
@@ -104,193 +115,164 @@ class Batch:
     def prefill_ms(self, ids: ArrayLike, prompt_tokens: ArrayLike | None = None, q: float = 0.5) -> Floats:
         """As `Entry.prefill_ms`: milliseconds, in the broadcast shape of the arguments."""
         i = quantile_index(self._quantiles, q)
-        shape, key, (prompt,) = _broadcast(ids, {"prompt_tokens": prompt_tokens})
-        out = np.empty(key.size)
-        for part, safe, unknown in self._parts(key):
-            middle, apart = self._prefill(self._levels[i], safe, None if prompt is None else prompt[part])
-            out[part] = middle + self._side(i) * apart
-            _blank(out[part], unknown)
-        return out.reshape(shape)
+        request = self._request(ids, {"prompt_tokens": prompt_tokens})
+        (prompt,) = request.tokens
+
+        def answer(part: slice) -> Floats:
+            key, x = request.key[part], None if prompt is None else prompt[part]
+            middle, apart = self._prefill(i, key, x, None if x is None else self._piece(0, key, x))
+            return middle + self._side(i) * apart
+
+        return _filled(request, answer)
 
     def decode_step_ms(self, ids: ArrayLike, kv_len: ArrayLike, q: float = 0.5) -> Floats:
         """As `Entry.decode_step_ms`: milliseconds, in the broadcast shape of the arguments."""
         i = quantile_index(self._quantiles, q)
-        shape, key, (kv,) = _broadcast(ids, {"kv_len": kv_len})
+        request = self._request(ids, {"kv_len": kv_len})
+        (kv,) = request.tokens
         assert kv is not None
-        _check_lengths("kv_len", kv, 1)
-        out = np.full(key.size, np.nan)
-        self._need_decode(key, None)
-        for number in sorted(set(key[key >= 0].tolist())):
-            step, chosen = self._pieces[number].step, key == number
-            assert step is not None
-            starts, values, slopes = (np.array(held) for held in (step.starts, step.values[i], step.slopes[i]))
-            j = _search(starts, kv[chosen])
-            out[chosen] = values[j] + slopes[j] * (kv[chosen] - starts[j])
-        return out.reshape(shape)
+        self._need_decode(request, None)
+        out = np.full(request.key.size, np.nan)
+        for number in sorted(set(request.key.tolist())):
+            step = self._pieces[number].step
+            if step is not None:  # else only unknown keys stand for it
+                chosen = request.key == number
+                starts, values, slopes = (np.array(held) for held in (step.starts, step.values[i], step.slopes[i]))
+                j = _search(starts, kv[chosen])
+                out[chosen] = values[j] + slopes[j] * (kv[chosen] - starts[j])
+        return _filled(request, out.__getitem__)
 
     def decode_ms(
         self, ids: ArrayLike, prompt_tokens: ArrayLike | None, output_tokens: ArrayLike, q: float = 0.5
     ) -> Floats:
         """As `Entry.decode_ms`: milliseconds, in the broadcast shape of the arguments."""
-        return self._runs(ids, prompt_tokens, output_tokens, q, whole=False)
+        i = quantile_index(self._quantiles, q)
+        request = self._request(ids, {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens})
+
+        def answer(part: slice) -> Floats:
+            middle, spread = self._decode(i, request, part)[0]
+            return middle + self._side(i) * spread
+
+        self._need_decode(request, request.tokens[1])
+        return _filled(request, answer)
 
     def total_ms(
         self, ids: ArrayLike, prompt_tokens: ArrayLike | None, output_tokens: ArrayLike, q: float = 0.5
     ) -> Floats:
         """As `Entry.total_ms`: milliseconds, in the broadcast shape of the arguments."""
-        return self._runs(ids, prompt_tokens, output_tokens, q, whole=True)
+        i = quantile_index(self._quantiles, q)
+        return self._totals(i, self._request(ids, {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}))
 
     def max_output_tokens(
         self, ids: ArrayLike, budget_ms: ArrayLike, prompt_tokens: ArrayLike | None = None, q: float = 0.95
     ) -> Ints:
         """As `Entry.max_output_tokens`, in the broadcast shape of the arguments; -1 where the id is -1."""
-        i = quantile_index(self._quantiles, q)
-        budgets = _positive("budget_ms", budget_ms)
-        shape, key, (prompt,) = _broadcast(ids, {"prompt_tokens": prompt_tokens}, budgets.shape)
-        budget = _flat(budgets, shape)
-        answer = np.full(key.size, -1, dtype=np.int64)
-        known = np.flatnonzero(key >= 0)
-        one_ms = self._run_totals(key, prompt, np.ones_like(key), i, whole=True)
-        answer[known] = (one_ms <= budget)[known]
-        rows = opened = known[answer[known] == 1]
-        self._need_decode(key[opened], None)
-
-        def fits(rows: Ints, n: Ints) -> NDArray[np.bool_]:
-            totals = self._run_totals(key[rows], None if prompt is None else prompt[rows], n, i, whole=True)
-            return totals <= budget[rows]
-
-        low, high = np.ones(key.size, dtype=np.int64), np.full(key.size, MAX_TOKENS + 1, dtype=np.int64)
-        reach = 2
-        while rows.size and reach <= MAX_TOKENS:
-            fitting = fits(rows, np.full(rows.size, reach, dtype=np.int64))
-            high[rows[~fitting]] = reach
-            rows = rows[fitting]
-            low[rows] = reach
-            reach *= 2
-        rows = opened
+        i, budgets = quantile_index(self._quantiles, q), np.asarray(budget_ms)
+        if budgets.dtype.kind not in "iuf" or not ((budgets > 0) & (budgets < np.inf)).all():
+            raise ArgumentError(f"budget_ms holds {budgets.tolist()!r:.60}; allowed: finite milliseconds above 0")
+        request = self._request(ids, {"prompt_tokens": prompt_tokens, "output_tokens": 1}, budgets.shape)
+        budget = _flat(budgets.astype(np.float64), request.shape)
+        prompt, one = request.tokens
+        assert one is not None
+        low = np.where(request.unknown, -1, (self._totals(i, request).reshape(-1) <= budget).astype(np.int64))
+        high = np.full_like(low, MAX_TOKENS + 1)
+        rows, reach = np.flatnonzero(low == 1), 1
         while rows.size:
-            middle = (low[rows] + high[rows]) // 2
-            fitting = fits(rows, middle)
-            low[rows[fitting]] = middle[fitting]
-            high[rows[~fitting]] = middle[~fitting]
-            rows = rows[high[rows] - low[rows] > 1]
-        answer[opened] = low[opened]
-        return answer.reshape(shape)
+            # twice as far as long as that fits, then between the two by halves
+            reach = min(2 * reach, MAX_TOKENS)
+            n = np.where(high[rows] > MAX_TOKENS, reach, (low[rows] + high[rows]) // 2)
+            tokens = [None if prompt is None else prompt[rows], n]
+            part = _Request(rows.shape, request.key[rows], request.unknown[rows], tokens)
+            fitting = self._totals(i, part) <= budget[rows]
+            low[rows[fitting]], high[rows[~fitting]] = n[fitting], n[~fitting]
+            rows = rows[(high[rows] - low[rows] > 1) & (low[rows] < MAX_TOKENS)]
+        return low.reshape(request.shape)
 
-    def _runs(
-        self, ids: ArrayLike, prompt_tokens: ArrayLike | None, output_tokens: ArrayLike, q: float, whole: bool
-    ) -> Floats:
-        i = quantile_index(self._quantiles, q)
-        tokens = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
-        shape, key, (prompt, n) = _broadcast(ids, tokens)
-        assert n is not None
-        return self._run_totals(key, prompt, n, i, whole).reshape(shape)
+    def _totals(self, i: int, request: _Request) -> Floats:
+        def answer(part: slice) -> Floats:
+            key, prompt = request.key[part], request.tokens[0]
+            decode, piece = self._decode(i, request, part)
+            prefill = self._prefill(i, key, None if prompt is None else prompt[part], piece)
+            total: Floats = total_at(prefill, decode, self._levels[i].correlated.take(key), self._side(i))
+            return total
 
-    def _run_totals(self, key: Ints, prompt: Ints | None, n: Ints, i: int, whole: bool) -> Floats:
-        level, side, out = self._levels[i], self._side(i), np.empty(key.size)
-        for part, safe, unknown in self._parts(key):
-            start, count = self._typical_prompt[safe] if prompt is None else prompt[part], n[part]
-            longest_prompt = _check_lengths("prompt_tokens", start, 0)
-            most = _check_lengths("output_tokens", count, 1)
-            self._need_decode(key[part], count)
-            end = start + count
-            end -= 1
-            indexed = max(longest_prompt + most, most + 1) <= self._width
-            pieces = (
-                self._pieces_of(self._held_index, self._places.held, safe, start, indexed),
-                self._pieces_of(self._held_index, self._places.held, safe, end, indexed),
-                self._pieces_of(self._out_index, self._places.out, safe, count, indexed),
-            )
-            lengths = start.astype(np.float64), end.astype(np.float64), count.astype(np.float64)
-            middle, spread = decode_at(level, pieces, lengths)
-            if whole:
-                prefill = (
-                    prefill_at(level, pieces[0], lengths[0])
-                    if prompt is not None
-                    else (level.own.take(safe), level.own_apart.take(safe))
-                )
-                out[part] = total_at(prefill, (middle, spread), level.correlated.take(safe), side)
-            else:
-                spread *= side
-                middle += spread
-                out[part] = middle
-            _blank(out[part], unknown)
-        return out
+        self._need_decode(request, request.tokens[1])
+        return _filled(request, answer)
 
-    def _prefill(self, level: Level, key: Ints, prompt: Ints | None) -> tuple[Floats, Floats]:
+    def _decode(self, i: int, request: _Request, part: slice) -> tuple[tuple[Floats, Floats], Ints]:
+        """Median of decode and distance of its quantile, and the pieces that the prompts are in."""
+        key, (prompt, tokens) = request.key[part], request.tokens
+        assert tokens is not None
+        start, n = self._typical_prompt.take(key) if prompt is None else prompt[part], tokens[part]
+        end = start + n - 1
+        pieces = self._piece(0, key, start), self._piece(0, key, end), self._piece(1, key, n)
+        lengths = start.astype(np.float64), end.astype(np.float64), n.astype(np.float64)
+        return decode_at(self._levels[i], pieces, lengths), pieces[0]
+
+    def _prefill(self, i: int, key: Ints, prompt: Ints | None, piece: Ints | None) -> tuple[Floats, Floats]:
+        level = self._levels[i]
         if prompt is None:
             return level.own.take(key), level.own_apart.take(key)
-        indexed = _check_lengths("prompt_tokens", prompt, 0) < self._width
-        piece = self._pieces_of(self._held_index, self._places.held, key, prompt, indexed)
         found: tuple[Floats, Floats] = prefill_at(level, piece, prompt.astype(np.float64))
         return found
 
-    def _pieces_of(self, index: Ints, places: Ints, key: Ints, x: Ints, indexed: bool) -> Ints:
-        if not indexed:
-            return _search(places, key * SPAN + x)
-        at = key * self._width
-        at += x
-        return index.take(at)
+    def _piece(self, curve: int, key: Ints, x: Ints) -> Ints:
+        """Pieces of lengths, of the curves over the tokens that are held (0) or that come out (1)."""
+        if not self._whole_index and x.max(initial=0) >= self._width:
+            return _search(self._places[curve], key * SPAN + x)
+        at = np.minimum(x, self._width - 1)
+        at += key * self._width
+        return self._indices[curve].take(at)
 
     def _side(self, i: int) -> float:
         return float((i > self._median) - (i < self._median))
 
-    def _parts(self, key: Ints) -> Iterator[_Part]:
-        """Slices of the arrays, with ids of which those that are unknown are 0, and which these are (None: none)."""
-        count = len(self._has_decode)
-        for first in range(0, key.size, _CHUNK):
-            part = slice(first, first + _CHUNK)
-            ids = key[part]
-            if int(np.maximum.reduce(ids.view(np.uint64))) < count:  # unsigned: negative ones are large
-                yield part, ids, None
-                continue
-            wrong = (ids < -1) | (ids >= count)
-            if wrong.any():
-                raise ArgumentError(f"ids holds {ids[wrong][0]}; allowed: 0 to {count - 1}, and -1 for an unknown key")
-            unknown = ids < 0
-            yield part, np.where(unknown, 0, ids), unknown
+    def _request(self, ids: ArrayLike, tokens: Mapping[str, ArrayLike | None], like: tuple[int, ...] = ()) -> _Request:
+        keys, count = np.asarray(ids), len(self._has_decode)
+        if keys.dtype.kind not in "iu":
+            raise ArgumentError(f"ids has dtype {keys.dtype}; allowed: the integers that key_ids gives")
+        wrong = (keys < -1) | (keys >= count)
+        if wrong.any():
+            raise ArgumentError(f"ids holds {keys[wrong][0]}; allowed: 0 to {count - 1}, and -1 for an unknown key")
+        given = [None if value is None else _whole_numbers(name, value) for name, value in tokens.items()]
+        shapes = [keys.shape, *(array.shape for array in given if array is not None), like]
+        try:
+            shape = np.broadcast_shapes(*shapes)
+        except ValueError as error:
+            listed = ", ".join(map(str, shapes))
+            raise ArgumentError(f"the arguments have shapes that do not broadcast: {listed}") from error
+        key = _flat(keys.astype(np.int64, copy=False), shape)
+        unknown = key < 0
+        flat = [array if array is None else _flat(array, shape) for array in given]
+        return _Request(shape, np.maximum(key, 0), unknown, flat)
 
-    def _need_decode(self, key: Ints, n: Ints | None) -> None:
+    def _need_decode(self, request: _Request, n: Ints | None) -> None:
         if self._has_decode.all():
             return
-        lacking = (key >= 0) & ~self._has_decode[key]
+        lacking = ~request.unknown & ~self._has_decode[request.key]
         if n is not None:
             lacking &= n > 1
         if lacking.any():
-            first = self._figures.keys[int(key[lacking][0])].key
+            first = self._figures.keys[int(request.key[lacking][0])].key
             raise NoDecodeDataError(
                 f"{described_key(self._figures.key_columns, first)}: all its runs have one token, so nothing is known "
                 "of its decode steps; only output_tokens=1 can be answered"
             )
 
 
+def _filled(request: _Request, answer: Callable[[slice], Floats]) -> Floats:
+    """The answers part by part, NaN for unknown keys, in the shape of the request."""
+    out = np.empty(request.key.size)
+    for first in range(0, out.size, _CHUNK):
+        out[first : first + _CHUNK] = answer(slice(first, first + _CHUNK))
+    out[request.unknown] = np.nan
+    return out.reshape(request.shape)
+
+
 def _search(places: Ints, at: Ints) -> Ints:
-    """Piece that a length is in; before the first one, that."""
+    """Piece that a length is in."""
     found: Ints = np.searchsorted(places, at, side="right") - 1
     return found
-
-
-def _blank(out: Floats, unknown: NDArray[np.bool_] | None) -> None:
-    if unknown is not None:
-        out[unknown] = np.nan
-
-
-def _broadcast(
-    ids: ArrayLike, tokens: Mapping[str, ArrayLike | None], like: tuple[int, ...] = ()
-) -> tuple[tuple[int, ...], Ints, list[Ints | None]]:
-    """The broadcast shape, and ids and tokens in it: flat, contiguous, int64; None stays None."""
-    keys = np.asarray(ids)
-    if keys.dtype.kind not in "iu":
-        raise ArgumentError(f"ids has dtype {keys.dtype}; allowed: the integers that key_ids gives")
-    given = [None if value is None else _whole_numbers(name, value) for name, value in tokens.items()]
-    shapes = [keys.shape, *(array.shape for array in given if array is not None), like]
-    try:
-        shape = np.broadcast_shapes(*shapes)
-    except ValueError as error:
-        listed = ", ".join(map(str, shapes))
-        raise ArgumentError(f"the arguments have shapes that do not broadcast: {listed}") from error
-    flat = [array if array is None else _flat(array, shape) for array in given]
-    return shape, _flat(keys.astype(np.int64, copy=False), shape), flat
 
 
 def _flat(array: NDArray[_Number], shape: tuple[int, ...]) -> NDArray[_Number]:
@@ -299,33 +281,12 @@ def _flat(array: NDArray[_Number], shape: tuple[int, ...]) -> NDArray[_Number]:
 
 def _whole_numbers(name: str, value: ArrayLike) -> Ints:
     array = np.asarray(value)
-    if array.dtype.kind in "iub" or array.size == 0:
-        return array.astype(np.int64, copy=False)
-    if array.dtype.kind != "f":
+    if array.dtype.kind not in "iubf" and array.size:
         raise ArgumentError(f"{name} has dtype {array.dtype}; allowed: whole numbers")
-    wrong = ~((np.abs(array) <= MAX_TOKENS) & (array == np.floor(array)))
+    wrong = ~((array >= _LEAST[name]) & (array <= MAX_TOKENS))
+    if array.dtype.kind == "f":
+        wrong |= array != np.floor(array)
     if wrong.any():
-        raise ArgumentError(f"{name} holds {array[wrong].flat[0]}; allowed: whole numbers up to {MAX_TOKENS}")
-    return array.astype(np.int64)
-
-
-def _positive(name: str, value: ArrayLike) -> Floats:
-    numbers = np.asarray(value)
-    if numbers.dtype.kind not in "iuf":
-        raise ArgumentError(f"{name} has dtype {numbers.dtype}; allowed: numbers")
-    numbers = numbers.astype(np.float64)
-    wrong = ~((numbers > 0.0) & (numbers < np.inf))
-    if wrong.any():
-        raise ArgumentError(f"{name} holds {numbers[wrong].flat[0]}; allowed: finite milliseconds above 0")
-    return numbers
-
-
-def _check_lengths(name: str, x: Ints, least: int) -> int:
-    """Largest of some lengths, checked."""
-    # as unsigned, negative numbers are large: where 0 is allowed, one pass finds both ends
-    low = int(np.minimum.reduce(x, initial=least)) if least else 0
-    high = int(np.maximum.reduce(x.view(np.uint64), initial=0))
-    if low < least or high > MAX_TOKENS:
-        wrong = x[(x < least) | (x > MAX_TOKENS)]
-        raise ArgumentError(f"{name} holds {wrong[0]}; allowed: whole numbers from {least} to {MAX_TOKENS}")
-    return high
+        allowed = f"whole numbers from {_LEAST[name]} to {MAX_TOKENS}"
+        raise ArgumentError(f"{name} holds {array[wrong].flat[0]}; allowed: {allowed}")
+    return array.astype(np.int64, copy=False)
