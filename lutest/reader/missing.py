@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lutest.reader.arguments import number_axis
+from lutest.reader.curves import Pieces, key_pieces, value_at
 from lutest.reader.errors import UnknownKeyError
 from lutest.reader.figures import Curve, Figures, FillError, Key, KeyFigures, Summary, TotalRatios, described_key
 
@@ -54,87 +56,61 @@ def interpolate_key(figures: Figures, key: Key) -> KeyFigures:
         raise UnknownKeyError(f"{named}: the numbers that were measured are above 0")
     inside = bool((places.min(axis=0) <= at).all() and (at <= places.max(axis=0)).all())
     source = "interpolated" if inside else "extrapolated"
-    weights = _weights(places, at)
     median = figures.quantiles.index(0.5)
-    prefill_at = sorted({x for held in neighbours for x in held.prefill_curve.at})
-    prefill_curves = [
-        _resampled(held.prefill_curve.at, held.prefill_curve.values_ms, prefill_at) for held in neighbours
-    ]
-    prefill_values = np.array([held.prefill.quantiles_ms for held in neighbours])[:, :, None]
-    means = np.array([held.prefill.mean_ms for held in neighbours])[:, None, None]
-    prompt = float(weights @ [held.prompt_tokens_p50 for held in neighbours])
     prompts = [held.prompt_tokens_p50 for held in neighbours]
+    pieces = [key_pieces(held, median) for held in neighbours]
+    mix = _Mix(named, _weights(places, at), median)
+    prefill_error = _left_out_error(
+        places, [held.prefill for held in pieces], prompts, [h.prefill for h in neighbours], median
+    )
     filled = KeyFigures(
         key=key,
-        prefill=_summary(_combined(weights, prefill_values, median, named), _combined(weights, means, 0, named)),
-        prompt_tokens_p50=round(min(max(prompt, min(prompts)), max(prompts))),
-        prefill_curve=_curve(prefill_at, _combined(weights, np.array(prefill_curves), median, named), source),
+        prefill=mix.summary([held.prefill for held in neighbours]),
+        prompt_tokens_p50=round(min(max(float(mix.weights @ prompts), min(prompts)), max(prompts))),
+        prefill_curve=mix.curve([held.prefill for held in pieces], source),
         decode=None,
         n_decode_steps=0,
         decode_curve=None,
         decode_total=None,
         correlations=(0.0,) * len(figures.quantiles),
         source=source,
-        fill_error=_fill_error(neighbours, places, median),
+        fill_error=FillError(prefill_error, None),
         mixed=neighbours[0].mixed,
     )
     decoding = [number for number, held in enumerate(neighbours) if held.decode is not None]
     if not decoding:
         return filled
-    return _with_decode(filled, [neighbours[n] for n in decoding], _weights(places[decoding], at), median, named)
+    summaries = [held.decode for held in neighbours if held.decode is not None]
+    steps, ratios = ([held for held in curves if held is not None] for curves in list(zip(*pieces, strict=True))[1:])
+    mix = _Mix(named, _weights(places[decoding], at), median)
+    correlations = mix.weights @ np.array([neighbours[number].correlations for number in decoding])
+    after = [prompts[number] + 1 for number in decoding]
+    return replace(
+        filled,
+        decode=mix.summary(summaries),
+        decode_curve=mix.curve(steps, source),
+        decode_total=mix.ratios(ratios),
+        correlations=tuple(map(float, np.clip(correlations, 0.0, 1.0))),
+        fill_error=FillError(prefill_error, _left_out_error(places[decoding], steps, after, summaries, median)),
+    )
 
 
-def _fill_error(neighbours: Sequence[KeyFigures], places: Floats, median: int) -> FillError:
-    prefill = [(held.prefill_curve, held.prompt_tokens_p50, held.prefill) for held in neighbours]
-    decode = [
-        (held.decode_curve, held.prompt_tokens_p50 + 1, held.decode)
-        for held in neighbours
-        if held.decode_curve is not None and held.decode is not None
-    ]
-    decoding = np.array([held.decode is not None for held in neighbours])
-    return FillError(_left_out_error(prefill, places, median), _left_out_error(decode, places[decoding], median))
-
-
-def _left_out_error(held: Sequence[tuple[Curve, int, Summary]], places: Floats, median: int) -> float | None:
-    """Root mean square relative error of the curves of the others against each key's plain median of its runs.
+def _left_out_error(
+    places: Floats, curves: Sequence[Pieces], at: Sequence[int], summaries: Sequence[Summary], median: int
+) -> float | None:
+    """Root mean square relative error of the curves of the others against each key's plain P50 of its runs.
 
     The plain one, since the curves of all keys were fitted together, and know of the key that is left out.
     """
-    if len(held) < 2:
+    if len(curves) < 2:
         return None
     errors = []
-    for left_out, (_, at, summary) in enumerate(held):
-        others = [j for j in range(len(held)) if j != left_out]
-        logs = np.log([_resampled(held[j][0].at, [held[j][0].values_ms[median]], [at])[0][0] for j in others])
+    for left_out, summary in enumerate(summaries):
+        others = [j for j in range(len(curves)) if j != left_out]
+        logs = np.log([value_at(curves[j], median, at[left_out]) for j in others])
         miss = float(_weights(places[others], places[left_out]) @ logs) - np.log(summary.quantiles_ms[median])
         errors.append(np.expm1(np.clip(miss, -_LARGEST_LOG, _LARGEST_LOG)))
     return float(np.sqrt(np.mean(np.square(errors))))
-
-
-def _with_decode(
-    filled: KeyFigures, neighbours: Sequence[KeyFigures], weights: Floats, median: int, named: str
-) -> KeyFigures:
-    summaries, curves, ratios = [], [], []
-    kv_at = sorted({x for held in neighbours if held.decode_curve for x in held.decode_curve.at})
-    steps_at = sorted({x for held in neighbours if held.decode_total for x in held.decode_total.decode_steps})
-    for held in neighbours:
-        assert held.decode is not None
-        assert held.decode_curve is not None
-        assert held.decode_total is not None
-        summaries.append(held.decode)
-        curves.append(_resampled(held.decode_curve.at, held.decode_curve.values_ms, kv_at))
-        ratios.append(_resampled(held.decode_total.decode_steps, held.decode_total.ratios, steps_at, level=True))
-    values = np.array([summary.quantiles_ms for summary in summaries])[:, :, None]
-    means = np.array([summary.mean_ms for summary in summaries])[:, None, None]
-    correlations = np.clip(weights @ np.array([held.correlations for held in neighbours]), 0.0, 1.0)
-    ratio_values = _rising_totals(steps_at, _combined(weights, np.array(ratios), median, named))
-    return replace(
-        filled,
-        decode=_summary(_combined(weights, values, median, named), _combined(weights, means, 0, named)),
-        decode_curve=_curve(kv_at, _combined(weights, np.array(curves), median, named), filled.source),
-        decode_total=TotalRatios(tuple(steps_at), _rows(ratio_values), (0,) * len(steps_at)),
-        correlations=tuple(map(float, correlations)),
-    )
 
 
 def _weights(places: Floats, at: Floats) -> Floats:
@@ -152,50 +128,48 @@ def _weights(places: Floats, at: Floats) -> Floats:
     return hat
 
 
-def _resampled(
-    at: Sequence[int], values: Sequence[Sequence[float]], wanted: Sequence[int], level: bool = False
-) -> list[Floats]:
-    """Values at the `wanted` knots by the table's own rule; `level`: held constant beyond the last knot."""
-    rows = []
-    for curve in values:
-        row = np.interp(wanted, at, curve)
-        if len(at) > 1 and not level:
-            slope = max(0.0, (curve[-1] - curve[-2]) / (at[-1] - at[-2]))
-            row = row + slope * np.maximum(np.array(wanted) - at[-1], 0)
-        rows.append(row)
-    return rows
+@dataclass(frozen=True)
+class _Mix:
+    """Combines figures of neighbours into those of one configuration, called `named` where that cannot be done."""
 
+    named: str
+    weights: Floats
+    median: int
 
-def _combined(weights: Floats, values: Floats, median: int, named: str) -> Floats:
-    """Combine positive `values` (neighbour, quantile, knot): the median by itself, others by their distance to it."""
-    logs = np.log(values)
-    combined = np.empty(values.shape[1:])
-    combined[median] = np.tensordot(weights, logs[:, median], 1)
-    for step, rows in ((1, range(median + 1, len(combined))), (-1, range(median - 1, -1, -1))):
-        for i in rows:
-            gap = step * np.tensordot(weights, logs[:, i] - logs[:, i - step], 1)
-            combined[i] = combined[i - step] + step * np.maximum(gap, 0.0)
-    if np.abs(combined).max() > _LARGEST_LOG:
-        raise UnknownKeyError(f"{named} is too far from anything measured")
-    filled: Floats = np.exp(combined)
-    return filled
+    def combined(self, values: Sequence[Any], median: int) -> Floats:
+        """Positive values (neighbour, quantile, knot): the median by itself, others by their distance to it."""
+        logs = np.log(np.array(values))
+        combined = np.empty(logs.shape[1:])
+        combined[median] = np.tensordot(self.weights, logs[:, median], 1)
+        for step, rows in ((1, range(median + 1, len(combined))), (-1, range(median - 1, -1, -1))):
+            for i in rows:
+                gap = step * np.tensordot(self.weights, logs[:, i] - logs[:, i - step], 1)
+                combined[i] = combined[i - step] + step * np.maximum(gap, 0.0)
+        if np.abs(combined).max() > _LARGEST_LOG:
+            raise UnknownKeyError(f"{self.named} is too far from anything measured")
+        filled: Floats = np.exp(combined)
+        return filled
 
+    def summary(self, held: Sequence[Summary]) -> Summary:
+        quantiles = self.combined([summary.quantiles_ms for summary in held], self.median)
+        return Summary(0, tuple(map(float, quantiles)), None, float(self.combined([[h.mean_ms] for h in held], 0)[0]))
 
-def _rising_totals(steps: Sequence[int], ratios: Floats) -> Floats:
-    """Raise ratios that fall so fast over the number of steps that decode_ms would fall with them."""
-    for j in range(1, len(steps)):
-        lower = ratios[:, j - 1] * (steps[j] / (2 * steps[j] - steps[j - 1]))
-        ratios[:, j] = np.maximum(ratios[:, j], lower)
-    return ratios
+    def knots(self, pieces: Sequence[Pieces]) -> tuple[tuple[int, ...], Floats]:
+        at = sorted({x for held in pieces for x in held.starts[1:]})
+        values = [[[value_at(held, i, x) for x in at] for i in range(len(held.values))] for held in pieces]
+        return tuple(at), self.combined(values, self.median)
+
+    def curve(self, pieces: Sequence[Pieces], source: str) -> Curve:
+        at, values = self.knots(pieces)
+        return Curve(at, _rows(values), (0,) * len(at), (source,) * len(at))
+
+    def ratios(self, pieces: Sequence[Pieces]) -> TotalRatios:
+        steps, ratios = self.knots(pieces)
+        for j in range(1, len(steps)):  # ratios that fall so fast over the number of steps that decode_ms would fall
+            lower = ratios[:, j - 1] * (steps[j] / (2 * steps[j] - steps[j - 1]))
+            ratios[:, j] = np.maximum(ratios[:, j], lower)
+        return TotalRatios(steps, _rows(ratios), (0,) * len(steps))
 
 
 def _rows(values: Floats) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(map(float, row)) for row in values)
-
-
-def _summary(quantiles: Floats, mean: Floats) -> Summary:
-    return Summary(0, tuple(map(float, quantiles[:, 0])), None, float(mean[0, 0]))
-
-
-def _curve(at: Sequence[int], values: Floats, source: str) -> Curve:
-    return Curve(tuple(at), _rows(values), (0,) * len(at), (source,) * len(at))
