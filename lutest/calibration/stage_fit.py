@@ -203,14 +203,14 @@ def _covariance(strengths: Mapping[str, float], parts: Mapping[str, Floats]) -> 
 
 def _solved(covariance: Floats, target: Floats, weight: Floats) -> tuple[Floats, Floats, Floats]:
     """Weights of the runs in the fitted scales, the residual of each run left out, and the inverse that gave them."""
-    robust = weight
+    left_out = target - np.median(target)  # to start with: a mean of all would follow what lies far out
     for _ in range(_REWEIGHTINGS):
-        inverse = np.linalg.inv(covariance + np.diag(1.0 / robust))
-        weights = inverse @ target
-        left_out = weights / np.diag(inverse)
         size = np.abs(left_out)
         reach = _OUTLYING * (1.4826 * float(np.median(size)) + 1e-9)
         robust = weight * np.minimum(1.0, reach / np.maximum(size, 1e-12))
+        inverse = np.linalg.inv(covariance + np.diag(1.0 / robust))
+        weights = inverse @ target
+        left_out = weights / np.diag(inverse)
     return weights, left_out, np.asarray(inverse, dtype=np.float64)
 
 

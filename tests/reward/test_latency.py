@@ -161,7 +161,7 @@ class FakeTable:
     quantiles = (0.5, 0.95)
 
     def __getitem__(self, key: Key) -> FakeEntry:
-        sources = {("low", 2, 16): "extrapolated", ("low", 6, 16): "interpolated"}
+        sources: dict[Key, str] = {("low", 2, 16): "extrapolated", ("low", 6, 16): "interpolated"}
         if key not in self.keys and key not in sources:
             raise UnknownKeyError("not measured")
         return FakeEntry(key, sources.get(key, "measured"))

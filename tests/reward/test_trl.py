@@ -202,9 +202,9 @@ def train(rewards: list[Any], rows: list[dict[str, Any]], folder: Path, steps: i
 
 
 @pytest.fixture(scope="module")
-def shipped(direct_table: Path) -> LatencyTable:
+def shipped(request: pytest.FixtureRequest) -> LatencyTable:
     pytest.importorskip("trl", reason="TRL is not installed")
-    return load(direct_table)
+    return load(request.getfixturevalue("direct_table"))
 
 
 def named(table: LatencyTable, key: Key) -> dict[str, object]:

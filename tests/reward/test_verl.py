@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import pickle
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,9 +77,9 @@ def load(request: pytest.FixtureRequest) -> Load:
     return loader
 
 
-@pytest.fixture
-def table_path(tmp_path: Path) -> Path:
-    return write_file(make_figures(), tmp_path / "table.duckdb")
+@pytest.fixture(scope="module")
+def table_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_file(make_figures(), tmp_path_factory.mktemp("verl") / "table.duckdb")
 
 
 def call(function: Callable[..., Any], text: str, info: dict[str, object] | None, **kwargs: Any) -> dict[str, Any]:
@@ -163,10 +164,11 @@ def test_what_verl_adds_for_its_reward_model_is_taken() -> None:
     assert scored["acc"] == 1.0
 
 
-def test_a_reward_is_made_once_for_the_same_configuration(table_path: Path) -> None:
-    scores = [call(compute_score, "42", INFO, table=str(table_path), budget_ms=5.0) for _ in range(2)]
-    table_path.unlink()
-    assert call(compute_score, "42", INFO, table=str(table_path), budget_ms=5.0) == scores[0] == scores[1]
+def test_a_reward_is_made_once_for_the_same_configuration(table_path: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(table_path, tmp_path))
+    scores = [call(compute_score, "42", INFO, table=str(copy), budget_ms=5.0) for _ in range(2)]
+    copy.unlink()
+    assert call(compute_score, "42", INFO, table=str(copy), budget_ms=5.0) == scores[0] == scores[1]
 
 
 @pytest.mark.parametrize(
