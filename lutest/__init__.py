@@ -30,6 +30,16 @@ if TYPE_CHECKING:
     from lutest.calibration.plan import plan as plan
     from lutest.judging.diagnose import diagnose as diagnose
     from lutest.judging.evaluate import evaluate as evaluate
+    from lutest.profile.generate import record_generate as record_generate
+    from lutest.profile.recorder import Recorder as Recorder
+    from lutest.reward.latency import LatencyOutcome as LatencyOutcome
+    from lutest.reward.latency import LatencyReward as LatencyReward
+    from lutest.reward.openrlhf import OpenRLHFReward as OpenRLHFReward
+    from lutest.reward.rollout import Columns as Columns
+    from lutest.reward.terms import Weights as Weights
+    from lutest.reward.terms import tensor_reward as tensor_reward
+    from lutest.reward.trl import TRLReward as TRLReward
+    from lutest.reward.verl import VerlReward as VerlReward
     from lutest.runs.convert import convert as convert
     from lutest.tablefile.export import export as export
     from lutest.tablefile.verify import verify as verify
@@ -37,17 +47,25 @@ if TYPE_CHECKING:
 __all__ = [
     "ArgumentError",
     "BuildError",
+    "Columns",
     "ConfigError",
     "Entry",
     "Explanation",
     "Key",
+    "LatencyOutcome",
+    "LatencyReward",
     "LatencyTable",
     "LutestError",
     "NoDecodeDataError",
     "OnlineCalibrator",
+    "OpenRLHFReward",
+    "Recorder",
     "SourceError",
+    "TRLReward",
     "TableError",
     "UnknownKeyError",
+    "VerlReward",
+    "Weights",
     "__version__",
     "build",
     "calibrate",
@@ -59,13 +77,23 @@ __all__ = [
     "load",
     "lookup",
     "plan",
+    "record_generate",
+    "tensor_reward",
     "use",
     "verify",
 ]
 
 # name → module that it is imported from on first use: they bring in pandas, SciPy, DuckDB
 _ON_FIRST_USE = {
+    "Columns": "lutest.reward.rollout",
+    "LatencyOutcome": "lutest.reward.latency",
+    "LatencyReward": "lutest.reward.latency",
     "OnlineCalibrator": "lutest.calibration.online",
+    "OpenRLHFReward": "lutest.reward.openrlhf",
+    "Recorder": "lutest.profile.recorder",
+    "TRLReward": "lutest.reward.trl",
+    "VerlReward": "lutest.reward.verl",
+    "Weights": "lutest.reward.terms",
     "build": "lutest.builder.build",
     "calibrate": "lutest.calibration.calibrate",
     "check": "lutest.calibration.check",
@@ -74,6 +102,8 @@ _ON_FIRST_USE = {
     "evaluate": "lutest.judging.evaluate",
     "export": "lutest.tablefile.export",
     "plan": "lutest.calibration.plan",
+    "record_generate": "lutest.profile.generate",
+    "tensor_reward": "lutest.reward.terms",
     "verify": "lutest.tablefile.verify",
 }
 
