@@ -91,7 +91,10 @@ def test_what_is_not_a_table(tmp_path: Path) -> None:
         ("DROP TABLE decode_curve", "decode_curve"),
         ("ALTER TABLE prefill DROP COLUMN p99_ms", "p99_ms"),
         ("DELETE FROM prefill", "table prefill: holds no configuration"),
-        ("DELETE FROM prefill WHERE top_k = 8 AND tier = 'low'", "top_k=8, num_blocks=12: has rows, but none in the tables beside it"),
+        (
+            "DELETE FROM prefill WHERE top_k = 8 AND tier = 'low'",
+            "top_k=8, num_blocks=12: has rows, but none in the tables beside it",
+        ),
         ("DELETE FROM prefill_curve WHERE tier = 'high' AND top_k = 8", "table prefill_curve, tier='high', top_k=8"),
         ("DELETE FROM decode WHERE tier = 'high'", "table decode_curve, tier='high'"),
         ("DELETE FROM decode_curve WHERE tier = 'high'", "table decode_curve, tier='high'"),

@@ -17,7 +17,7 @@ from lutest.builder.build import build
 from lutest.reader.table import LatencyTable
 from lutest.tablefile.sql import connect
 
-NAMES = ("direct", "subtraction", "timed", "totals", "few", "tails")
+NAMES = ("direct", "subtraction", "serving", "timed", "totals", "few", "tails")
 # the tables are made once and never changed, so examples may share them
 SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 ROUNDING = 1e-12
@@ -48,11 +48,12 @@ def _frame(name: str, seed: int = 0) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def tables(
-    tmp_path_factory: pytest.TempPathFactory, direct_table: Path, subtraction_table: Path
+    tmp_path_factory: pytest.TempPathFactory, direct_table: Path, subtraction_table: Path, serving_table: Path
 ) -> dict[str, LatencyTable]:
     folder = tmp_path_factory.mktemp("tables")
-    built = {"direct": lutest.load(direct_table), "subtraction": lutest.load(subtraction_table)}
-    for name in NAMES[2:]:
+    shipped = (direct_table, subtraction_table, serving_table)
+    built = {name: lutest.load(path) for name, path in zip(NAMES, shipped, strict=False)}
+    for name in NAMES[3:]:
         config = {"quantiles": [0.1, 0.5, 0.95, 0.99]} if name == "timed" else {}
         built[name] = lutest.load(build(config, runs=_frame(name), output=folder / f"{name}.duckdb").output)
     return built
@@ -69,8 +70,13 @@ def _prompt(table: LatencyTable, key: lutest.Key, place: float) -> int:
 
 
 def _chosen(tables: dict[str, LatencyTable], name: str, place: float) -> tuple[LatencyTable, lutest.Key]:
-    table = tables[name]
-    return table, table.keys[int(place * (len(table.keys) - 1))]
+    keys = _decoding(tables[name])
+    return tables[name], keys[int(place * (len(keys) - 1))]
+
+
+def _decoding(table: LatencyTable) -> list[lutest.Key]:
+    """Keys whose runs have decode steps."""
+    return [key for key in table if table[key].decode_step_p50_ms is not None]
 
 
 @settings(SETTINGS, max_examples=200)
@@ -99,7 +105,8 @@ def test_totals_rise_with_tokens_and_quantiles_are_ordered(
 def test_totals_rise_at_every_length(name: str, tables: dict[str, LatencyTable]) -> None:
     table = tables[name]
     n = np.arange(1, 5001)
-    for number, key in enumerate(table.keys):
+    for key in _decoding(table):
+        number = table.keys.index(key)
         for place in (0.0, 0.3, 0.47, 1.0):
             for q in table.quantiles:
                 totals = table.batch.total_ms(number, _prompt(table, key, place), n, q)

@@ -7,9 +7,12 @@ import math
 import pickle
 from typing import Any
 
+import duckdb
 import numpy as np
+import pandas as pd
 import pytest
 
+import lutest
 from lutest import ArgumentError, LatencyTable
 from tests.synthetic import NO_DECODE, QUANTILES, make_figures
 
@@ -130,3 +133,28 @@ def test_the_quantile_is_one_of_the_table() -> None:
 def test_the_device_is_where_it_lives() -> None:
     module = TABLE.to_torch("meta")
     assert {buffer.device.type for buffer in module.buffers()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["direct", "serving"])
+def test_a_thousand_queries_have_one_answer_in_python_sql_batches_and_torch(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    table = lutest.load(request.getfixturevalue(f"{name}_table"))
+    chance = np.random.default_rng(1)
+    known = [number for number, held in enumerate(table.figures.keys) if held.decode is not None]
+    ids = chance.choice(known, 1000)
+    prompts, tokens = (np.exp(chance.uniform(0.0, np.log(most), 1000)).astype(int) for most in (131_072, 32_768))
+    for q in table.quantiles:
+        entries = [table[table.keys[number]] for number in ids]
+        answers = [e.total_ms(p, n, q) for e, p, n in zip(entries, prompts.tolist(), tokens.tolist(), strict=True)]
+        np.testing.assert_allclose(table.batch.total_ms(ids, prompts, tokens, q), answers, rtol=1e-9)
+        np.testing.assert_allclose(table.to_torch(q=q)(*tensors(ids, prompts, tokens)).numpy(), answers, rtol=1e-9)
+        rows = [(place, *table.keys[number]) for place, number in enumerate(ids.tolist())]
+        asked = pd.DataFrame(rows, columns=["place", *table.key_columns]).assign(p=prompts, n=tokens)
+        with duckdb.connect() as connection:
+            connection.execute(f"ATTACH '{table.path}' AS held (READ_ONLY)")
+            connection.register("asked", asked)
+            connection.execute("USE held")
+            columns = ", ".join(table.key_columns)
+            sql = f"SELECT total_ms({columns}, p, n, {q}) FROM memory.main.asked ORDER BY place"
+            np.testing.assert_allclose([ms for (ms,) in connection.execute(sql).fetchall()], answers, rtol=1e-9)
