@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from lutest.builder.matched_runs import match_runs
 from lutest.calibration.coverage import TOLERANCE, Check, Coverage, adjusted_tests, tolerated_factors
-from lutest.reader.figures import Key
 from lutest.reader.loading import load
 from lutest.reader.table import LatencyTable
 from lutest.runs.configuration import BuildConfig
@@ -20,8 +19,6 @@ from lutest.runs.work import work_database
 
 __all__ = ["check"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
 
 
@@ -89,47 +86,31 @@ def check(
 
 
 def _coverages(table: LatencyTable, runs: dict[str, NDArray[Any]], tolerated: tuple[float, float]) -> list[Coverage]:
-    key_id, prompt, output = runs["key_id"], runs["prompt_tokens"], runs["output_tokens"]
-    has_decode = np.array([key.decode_curve is not None for key in table.figures.keys])
-    several = (output >= 2) & has_decode[key_id]
-    whole = several | (output == 1)
-    batch = table.batch
-    stages: dict[str, tuple[NDArray[np.bool_], Floats, Callable[..., Floats]]] = {
-        "prefill": (np.ones(len(key_id), dtype=bool), runs["prefill_ms"], batch.prefill_ms),
-        "decode": (several, runs["decode_ms"], batch.decode_ms),
-        "total": (whole, runs["total_ms"], batch.total_ms),
-    }
+    key_id, output = runs["key_id"], runs["output_tokens"]
+    several = (output >= 2) & np.array([key.decode_curve is not None for key in table.figures.keys])[key_id]
     found = []
-    for stage, (chosen, values, predict) in stages.items():
-        lengths = (prompt[chosen],) if stage == "prefill" else (prompt[chosen], output[chosen])
-        predicted = {q: predict(key_id[chosen], *lengths, q) for q in (0.5, 0.95)}
-        found += _stage_coverages(table, stage, key_id[chosen], values[chosen], predicted, tolerated)
+    for stage, chosen, predict in (
+        ("prefill", np.full(len(key_id), True), lambda ids, prompt, _, q: table.batch.prefill_ms(ids, prompt, q)),
+        ("decode", several, table.batch.decode_ms),
+        ("total", several | (output == 1), table.batch.total_ms),
+    ):
+        ids, prompt, tokens, ms = (
+            runs[name][chosen] for name in ("key_id", "prompt_tokens", "output_tokens", f"{stage}_ms")
+        )
+        predicted = {q: predict(ids, prompt, tokens, q) for q in (0.5, 0.95)}
+        summaries = [held.decode if stage == "decode" else held.prefill for held in table.figures.keys]
+        behind = np.array([0 if summary is None else summary.n for summary in summaries])
+        each = [(table.keys[number], ids == number) for number in np.unique(ids)]
+        for key, rows in [(None, np.full(len(ids), True)), *each] if each else []:
+            held_ms, at = ms[rows], {q: values[rows] for q, values in predicted.items()}
+            n_above = {q: _count(held_ms > factor * values for factor in tolerated) for q, values in at.items()}
+            n_within = {q: int((held_ms <= values).sum()) for q, values in at.items()}
+            n_table = int(behind[np.unique(ids[rows])].sum())
+            ratio = float(np.median(held_ms / at[0.5]))
+            found.append(Coverage(stage, key, len(held_ms), n_table, n_above, n_within, ratio))
     return found
 
 
-def _stage_coverages(
-    table: LatencyTable,
-    stage: str,
-    key_id: Ints,
-    observed_ms: Floats,
-    predicted_ms: dict[float, Floats],
-    tolerated: tuple[float, float],
-) -> list[Coverage]:
-    ratio = observed_ms / predicted_ms[0.5]
-    slower, faster = tolerated
-    above = {q: (observed_ms > slower * values, observed_ms > faster * values) for q, values in predicted_ms.items()}
-    within = {q: observed_ms <= values for q, values in predicted_ms.items()}
-
-    def coverage(key: Key | None, rows: NDArray[np.bool_], n_table: int) -> Coverage:
-        n_above = {q: (int(more[rows].sum()), int(less[rows].sum())) for q, (more, less) in above.items()}
-        n_within = {q: int(held[rows].sum()) for q, held in within.items()}
-        return Coverage(stage, key, int(rows.sum()), n_table, n_above, n_within, float(np.median(ratio[rows])))
-
-    summaries = [held.decode if stage == "decode" else held.prefill for held in table.figures.keys]
-    behind = [0 if summary is None else summary.n for summary in summaries]
-    found = []
-    present = np.unique(key_id)
-    if len(present):
-        found.append(coverage(None, np.ones(len(key_id), dtype=bool), sum(behind[number] for number in present)))
-    found += [coverage(table.keys[number], key_id == number, behind[number]) for number in present]
-    return found
+def _count(sides: Iterable[NDArray[np.bool_]]) -> tuple[int, int]:
+    slower, faster = (int(above.sum()) for above in sides)
+    return slower, faster

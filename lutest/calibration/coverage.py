@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, lgamma
 from typing import Any
 
 from lutest.reader.errors import ArgumentError
@@ -207,30 +206,10 @@ def exceedance_tail(n_above: int, n: int, n_table: int, q: float, *, upwards: bo
     ----------
     N. Balakrishnan and H. K. T. Ng, Precedence-Type Tests and Applications (2006), chapter 3.
     """
+    import numpy as np  # here, so that an OnlineCalibrator does without both until it is asked
+    from scipy.special import betaln
+
     a, b = (n_table + 1) * (1.0 - q), (n_table + 1) * q
-    if upwards != (n_above >= n * a / (a + b)):  # the long tail: by the short one
-        beside = n_above - 1 if upwards else n_above + 1
-        return 1.0 if not 0 <= beside <= n else 1.0 - _short_tail(beside, n, a, b, not upwards)
-    return _short_tail(n_above, n, a, b, upwards)
-
-
-def _short_tail(k: int, n: int, a: float, b: float, upwards: bool) -> float:
-    """Probability of k and what lies beyond it, away from the middle."""
-    last = n if upwards else 0
-    term = _beta_binomial(k, n, a, b)
-    tail = 0.0
-    while True:
-        tail += term
-        if k == last or term < 1e-17 * tail:
-            return min(1.0, tail)
-        if upwards:
-            term *= (n - k) * (k + a) / ((k + 1) * (n - k - 1 + b))
-            k += 1
-        else:
-            term *= k * (n - k + b) / ((n - k + 1) * (k - 1 + a))
-            k -= 1
-
-
-def _beta_binomial(k: int, n: int, a: float, b: float) -> float:
-    choose = lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
-    return exp(choose + lgamma(k + a) + lgamma(n - k + b) - lgamma(n + a + b) - lgamma(a) - lgamma(b) + lgamma(a + b))
+    k = np.arange(n_above, n + 1) if upwards else np.arange(n_above + 1)
+    log_choose = -np.log(n + 1) - betaln(k + 1, n - k + 1)
+    return min(1.0, float(np.exp(log_choose + betaln(k + a, n - k + b) - betaln(a, b)).sum()))
