@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 
 PROJECT = Path(__file__).parent.parent
@@ -24,23 +25,25 @@ PYTHONS = {
 
 BUILD = """
 import sys
-from lutest.build import build
-build({}, runs=sys.argv[1], output=sys.argv[2])
+import lutest
+lutest.build(runs=sys.argv[1], output=sys.argv[2])
 """
 
 READ = """
 import json, sys
 import lutest
-from lutest.sql import run_query
-table = lutest.load(sys.argv[1], verify=True)
+from lutest.tablefile.sql import run_query
+path = sys.argv[1]
+lutest.verify(path)
+table = lutest.load(path)
 key = table.keys[-1]
 content = {
     "figures": repr(table.figures),
     "estimates": [
-        [table.prefill_ms(*key, 200, q), table.decode_step_ms(*key, 300, q), table.total_ms(*key, 200, 16, q)]
-        for key in table.keys for q in table.quantiles
+        [entry.prefill_ms(200, q), entry.decode_step_ms(300, q), entry.total_ms(200, 16, q)]
+        for entry in map(table.__getitem__, table) for q in table.quantiles
     ],
-    "sql": run_query(sys.argv[1], f"SELECT total_ms('{key.tier}', {key.top_k}, {key.num_blocks}, 200, 16, 0.95)")[1],
+    "sql": run_query(path, f"SELECT total_ms({', '.join(map(repr, key))}, 200, 16, 0.95)")[1],
 }
 print(json.dumps(content))
 """
@@ -56,14 +59,19 @@ def _run(which: str, code: str, *arguments: Path) -> str:
 
 @pytest.fixture(scope="module")
 def read(direct_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
-    """(writer, reader) → what was read."""
+    """(writer, reader) → what was read; an interpreter that stands for both writes once."""
     folder = tmp_path_factory.mktemp("compatibility")
+    runs = folder / "runs.parquet"
+    low = f"SELECT * FROM read_parquet('{direct_runs}') WHERE tier = 'low'"
+    duckdb.execute(f"COPY ({low}) TO '{runs}' (FORMAT parquet)")
+    tables: dict[str, Path] = {}
     contents = {}
-    for writer in PYTHONS:
-        path = folder / f"{writer}.duckdb"
-        _run(writer, BUILD, direct_runs, path)
+    for writer, python in PYTHONS.items():
+        if python not in tables:
+            tables[python] = folder / f"{writer}.duckdb"
+            _run(writer, BUILD, runs, tables[python])
         for reader in PYTHONS:
-            contents[writer, reader] = json.loads(_run(reader, READ, path))
+            contents[writer, reader] = json.loads(_run(reader, READ, tables[python]))
     return contents
 
 
