@@ -151,7 +151,7 @@ def given_prompt_tokens(table: LatencyTable, text: str | None) -> Any:
     tokens = {
         held.get(value, value): _whole(number) for value, _, number in (p.rpartition("=") for p in rest.split(","))
     }
-    fitting = [name for i, name in enumerate(table.key_columns) if tokens.keys() <= {key[i] for key in table.keys}]
+    fitting = [name for i, name in enumerate(table.key_columns) if tokens.keys() & {key[i] for key in table.keys}]
     if not column and len(fitting) > 1:
         raise ArgumentError(
             f"--prompt-tokens {text} fits {' and '.join(fitting)}: name the column, as {fitting[0]}:{text}"

@@ -136,8 +136,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("arguments", "output"),
     [
         ((), "tables/here.duckdb"),
-        (("tables/build.yaml", "-o", "there.duckdb"), "there.duckdb"),
-        (("run*.parquet", "-o", "there.duckdb", "--set", "quantiles=[0.5, 0.9, 0.95]"), "there.duckdb"),
+        (
+            ("run*.parquet", "-o", "there.duckdb", "--config", "wrong.yaml", "--set", "quantiles=[0.5, 0.9, 0.95]"),
+            "there.duckdb",
+        ),
         (("-o", "there.duckdb", "runs.parquet", "--config", "bare.yaml"), "there.duckdb"),
     ],
 )
@@ -145,6 +147,7 @@ def test_build_takes_runs_and_a_configuration_in_any_order(
     arguments: tuple[str, ...], output: str, project: Path, printed: Printed
 ) -> None:
     (project / "bare.yaml").write_text("quantiles: [0.5, 0.9, 0.95]\n")
+    (project / "wrong.yaml").write_text("sources: none.parquet\noutput: none/none.duckdb\n")
     assert f"written to {output} " in printed("build", *arguments)
     levels = (0.5, 0.9, 0.95) if len(arguments) > 3 else (0.5, 0.95)
     assert lutest.load(project / output).quantiles == levels
@@ -162,7 +165,7 @@ def test_other_verbs_take_runs_and_configurations_alike(project: Path, printed: 
     assert "decode step" not in [score["stage"] for score in judged["overall"]]
     assert "holds" in printed("check", table, "gpus.jsonl", "--tolerance", 0.4)
     assert printed("diagnose", "gpus.jsonl", *options).endswith(" ok\n")
-    assert printed.json("diagnose") == printed.json("diagnose", "--config", "tables/build.yaml")
+    assert printed.json("diagnose") == printed.json("diagnose", "tables/build.yaml")
     assert printed.json("convert", "-o", "all.parquet")["rows"] == 15
     assert len(printed.json("plan", table, "-n", 3)["runs"][0]) == 3
     assert "gpu" in printed("plan", table, "-n", 3).splitlines()[0]
@@ -266,6 +269,7 @@ def test_feasible_lists_what_the_reader_finds(direct_table: Path, printed: Print
         (("--prompt-tokens", 300, "-q", 0.5), table.feasible(700, prompt_tokens=300, q=0.5)),
         (("--prefill-share", 0.5, "--margin", 0.1), table.feasible(700, prefill_share=0.5, margin=0.1)),
         (("--prompt-tokens", "tier:low=100,medium=300,high=500"), table.feasible(700, by_tier)),
+        (("--prompt-tokens", "low=100,medium=300,high=500,ultra=900"), table.feasible(700, by_tier)),
         (("--p-at-least", 0.4), table.feasible(700, p_at_least=0.4)),
         (("--by", "expected", "--prompt-tokens", 200), table.feasible(700, 200, by="expected")),
     ):
