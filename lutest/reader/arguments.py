@@ -32,32 +32,30 @@ def key_values(columns: Sequence[KeyColumn], values: Sequence[_Value], named: Ma
     return [held[name] for name in names]
 
 
+def real_number(value: object) -> float:
+    """The value as a float, NaN where it is no number."""
+    try:
+        return math.nan if isinstance(value, (str, bytes)) else float(cast(SupportsFloat, value))
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def whole_number(name: str, value: object, least: int) -> int:
     """The argument as an int; ArgumentError unless it is a whole number from `least` to MAX_TOKENS."""
-    number: int | None = None
     try:
         number = operator.index(cast(SupportsIndex, value))
     except TypeError:
-        if not isinstance(value, (str, bytes)):
-            try:
-                real = float(cast(SupportsFloat, value))
-            except (TypeError, ValueError, OverflowError):
-                real = math.nan
-            number = int(real) if real.is_integer() else None
-    if number is None or not least <= number <= MAX_TOKENS:
+        real = real_number(value)
+        number = int(real) if real.is_integer() else -1
+    if not least <= number <= MAX_TOKENS:
         raise ArgumentError(f"{name} is {value!r}; allowed: a whole number from {least} to {MAX_TOKENS}")
     return number
 
 
 def positive_ms(name: str, value: object) -> float:
     """The argument as a float; ArgumentError unless it is finite and above 0."""
-    number = math.nan
-    if not isinstance(value, (str, bytes)):
-        try:
-            number = float(cast(SupportsFloat, value))
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-    if not (0.0 < number < math.inf):
+    number = real_number(value)
+    if not 0.0 < number < math.inf:
         raise ArgumentError(f"{name} is {value!r}; allowed: a finite number of milliseconds above 0")
     return number
 
@@ -100,10 +98,7 @@ def _key_value(figures: Figures, place: int, column: KeyColumn, value: Any) -> s
         raise UnknownKeyError(
             f"{column.name} {value!r} is not in the table, which holds {', '.join(map(repr, levels))}"
         )
-    try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+    number = real_number(value)
     if not math.isfinite(number):
         raise UnknownKeyError(f"{column.name} is {value!r}; allowed: a number")
     return int(number) if number.is_integer() else number

@@ -46,20 +46,14 @@ def lengths_by_workload(output_lengths: Mapping[str, Sequence[tuple[int, int]]])
     for pairs in output_lengths.values():
         for tokens, n in pairs:
             together[tokens] = together.get(tokens, 0) + n
-    counted: list[tuple[str | None, Sequence[tuple[int, int]]]] = [
-        *output_lengths.items(),
-        (None, sorted(together.items())),
-    ]
-    return {workload: _lengths(pairs) for workload, pairs in counted if pairs}
-
-
-def _lengths(pairs: Sequence[tuple[int, int]]) -> Lengths:
-    runs = sum(n for _, n in pairs)
-    return Lengths(
-        tuple(tokens for tokens, _ in pairs),
-        tuple(below / runs for below in accumulate((n for _, n in pairs), initial=0)),
-        tuple(below / runs for below in accumulate((tokens * n for tokens, n in pairs), initial=0)),
-    )
+    held: dict[str | None, Lengths] = {}
+    for workload, pairs in (*output_lengths.items(), (None, sorted(together.items()))):
+        if pairs:
+            runs = sum(n for _, n in pairs)
+            below = accumulate((n / runs for _, n in pairs), initial=0.0)
+            tokens_below = accumulate((tokens * n / runs for tokens, n in pairs), initial=0.0)
+            held[workload] = Lengths(tuple(tokens for tokens, _ in pairs), tuple(below), tuple(tokens_below))
+    return held
 
 
 def lengths_of(held: Mapping[str | None, Lengths], workload: str | None) -> Lengths:

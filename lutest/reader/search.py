@@ -6,9 +6,16 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lutest.reader.arguments import named_key, not_measured, positive_ms, quantile_index, whole_number
+from lutest.reader.arguments import (
+    named_key,
+    not_measured,
+    positive_ms,
+    quantile_index,
+    real_number,
+    whole_number,
+)
 from lutest.reader.errors import ArgumentError, NoDecodeDataError
 from lutest.reader.figures import Key, KeyColumn, Quality
 
@@ -344,10 +351,7 @@ def _given_qualities(table: LatencyTable, quality: Mapping[Any, float]) -> dict[
         key = named_key(table.figures, given if isinstance(given, tuple) else (given,), {})
         if key not in table:
             raise not_measured(table.figures, key)
-        try:
-            number = math.nan if isinstance(value, str) else float(cast(SupportsFloat, value))
-        except (TypeError, ValueError):
-            number = math.nan
+        number = real_number(value)
         if not math.isfinite(number):
             raise ArgumentError(f"quality of {given!r} is {value!r}; allowed: a finite number")
         held[key] = Quality(key, "", 0, number, None, None)
