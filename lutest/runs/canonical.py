@@ -98,14 +98,17 @@ def write_runs(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> 
                         -- a clock that ticked no more, or once less, between two readings
                         WHEN one_pass AND after_prefill_ms BETWEEN -1.001 * tick_ms AND 0 THEN 0.0
                         WHEN one_pass THEN after_prefill_ms
-                    END AS decode_ms_value,
-                    CASE WHEN one_pass AND decode_ms_value = 0 THEN prefill_ms_value ELSE total_ms_value END
-                        AS total_ms_value
+                    END AS decode_ms_value
                 )
             FROM measured
         ),
         judged AS (
-            SELECT *, CASE {" ".join(_verdicts(columns, key))} END AS verdict
+            SELECT
+                * REPLACE (
+                    CASE WHEN one_pass AND decode_ms_value = 0 THEN prefill_ms_value ELSE total_ms_value END
+                        AS total_ms_value
+                ),
+                CASE {" ".join(_verdicts(columns, key))} END AS verdict
             FROM completed
         )
         SELECT

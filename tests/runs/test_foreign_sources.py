@@ -11,11 +11,14 @@ import duckdb
 import numpy as np
 import pytest
 
+import lutest
 from lutest.builder.build import build
 from lutest.judging.diagnose import diagnose
-from lutest.reader.errors import BuildError, ConfigError, SourceError
+from lutest.reader.errors import ConfigError, SourceError
+from lutest.runs.configuration import parse_config
 from lutest.runs.convert import convert
 from lutest.runs.sources import vllm
+from lutest.runs.work import read_runs, work_database
 
 DATA = Path(__file__).parents[1] / "data"
 VLLM, AIPERF, GUIDELLM = DATA / "vllm-bench-serve.json", DATA / "aiperf-0.13.0.jsonl", DATA / "guidellm-0.8.1.json"
@@ -36,26 +39,22 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
-def runs(source: Path, folder: Path, config: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
-    """Runs as a conversion writes them, in the order of the file: output tokens, prefill, decode, steps."""
-    settings = folder / "config.yaml"
-    write(settings, {**(config or CONFIG), "sources": [str(source)], "output": "unused.duckdb"})
-    output = folder / "runs.parquet"
-    convert(source, output, config=settings)
-    with duckdb.connect() as connection:
-        names = {row[0] for row in connection.execute("DESCRIBE FROM read_parquet(?)", [str(output)]).fetchall()}
-        steps = "decode_steps_ms" if "decode_steps_ms" in names else "NULL"
-        return connection.execute(
-            f"SELECT output_tokens, prefill_ms, decode_ms, {steps} FROM read_parquet(?) ORDER BY prefill_ms",
-            [str(output)],
-        ).fetchall()
+def read(*sources: Path, config: dict[str, Any] | None = None, columns: str) -> list[tuple[Any, ...]]:
+    """Columns of runs, in the order of the files."""
+    with work_database() as connection:
+        read_runs(connection, sources, parse_config(CONFIG if config is None else config), Path())
+        return connection.execute(f'SELECT {columns} FROM runs ORDER BY source_id, "row"').fetchall()
 
 
-def problems(source: Path, folder: Path) -> list[str]:
-    """Why requests are no runs; one sound run stands beside them, so that there is a table."""
-    beside = {**sound_vllm(), "num_blocks": "16"}
-    summary = build(CONFIG, runs=[source, write(folder / "sound.json", beside)], output=folder / "x.duckdb")
-    rejected = query(summary.output, 'SELECT reason, detail FROM rejected_runs ORDER BY source_id, "row"')
+def runs(source: Path, config: dict[str, Any] | None = None) -> list[tuple[Any, ...]]:
+    """Output tokens, prefill, decode and steps of sound runs."""
+    columns = "output_tokens, prefill_ms, decode_ms, decode_steps_ms, reason IS NULL"
+    return [run[:-1] for run in read(source, config=config, columns=columns) if run[-1]]
+
+
+def problems(source: Path) -> list[str]:
+    """Why requests are no runs."""
+    rejected = [run for run in read(source, columns="reason, detail") if run[0]]
     assert {reason for reason, _ in rejected} <= {"unreadable_row"}
     return [detail for _, detail in rejected]
 
@@ -98,38 +97,58 @@ def guidellm_by_hand() -> list[Request]:
     return requests
 
 
+TIERS = {"low": VLLM, "medium": AIPERF, "high": GUIDELLM}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of the three files, converted one by one."""
+    folder = tmp_path_factory.mktemp("converted")
+    converted = []
+    for tier, path in TIERS.items():
+        columns = {**KEY, "tier": {"constant": tier}}
+        summary = convert(path, folder / f"{path.stem}.parquet", config={"columns": columns})
+        converted.append(summary.output)
+    return build({"cleaning": {"outliers": "none"}}, runs=converted, output=folder / "x.duckdb").output
+
+
 @pytest.mark.parametrize(
-    ("path", "by_hand", "n_rejected"),
-    [(VLLM, vllm_by_hand, 3), (AIPERF, aiperf_by_hand, 6), (GUIDELLM, guidellm_by_hand, 2)],
+    ("tier", "by_hand", "n_rejected"),
+    [("low", vllm_by_hand, 3), ("medium", aiperf_by_hand, 6), ("high", guidellm_by_hand, 2)],
     ids=["vLLM", "AIPerf", "GuideLLM"],
 )
-def test_quantiles_are_those_by_hand(
-    tmp_path: Path, path: Path, by_hand: Callable[[], list[Request]], n_rejected: int
+def test_figures_are_those_by_hand(
+    table: Path, tier: str, by_hand: Callable[[], list[Request]], n_rejected: int
 ) -> None:
     requests = by_hand()
-    summary = build(CONFIG, runs=path, output=tmp_path / "x.duckdb")
-    assert [(source.rows_used, source.rows_rejected) for source in summary.sources] == [(len(requests), n_rejected)]
-    prefill = query(summary.output, "SELECT tier, top_k, num_blocks, n, p50_ms, p95_ms FROM prefill")
-    expected = np.quantile([request[2] for request in requests], [0.5, 0.95])
-    assert prefill[0][:4] == ("low", 8, 16, len(requests))
-    assert prefill[0][4:] == pytest.approx(expected, rel=1e-12)
-    lengths = query(summary.output, "SELECT output_tokens, sum(n)::INTEGER FROM output_length GROUP BY ALL ORDER BY 1")
-    assert lengths == [tuple(pair) for pair in np.transpose(np.unique([r[1] for r in requests], return_counts=True))]
+    [accounts] = query(table, f"SELECT rows_used, rows_rejected FROM sources WHERE path LIKE '%{TIERS[tier].stem}%'")
+    assert accounts == (len(requests), n_rejected)
+    [(n, *quantiles)] = query(table, f"SELECT n, p50_ms, p95_ms FROM prefill WHERE tier = '{tier}'")
+    assert n == len(requests)
+    assert quantiles == pytest.approx(np.quantile([request[2] for request in requests], [0.5, 0.95]), rel=1e-12)
     steps = [step for request in requests for step in request[4]]
+    [(n_steps, mean, *quantiles)] = query(
+        table, f"SELECT n_steps, mean_ms, p50_ms, p95_ms FROM decode WHERE tier = '{tier}'"
+    )
+    assert n_steps == sum(request[1] - 1 for request in requests)
     if steps:
-        decode = query(summary.output, "SELECT n_steps, p50_ms, p95_ms FROM decode")
-        assert decode[0][0] == sum(request[1] - 1 for request in requests)
-        assert decode[0][1:] == pytest.approx(np.quantile(steps, [0.5, 0.95]), rel=1e-12)
+        assert quantiles == pytest.approx(np.quantile(steps, [0.5, 0.95]), rel=1e-12)
     else:
-        mean = sum(request[3] for request in requests) / sum(request[1] - 1 for request in requests)
-        assert query(summary.output, "SELECT mean_ms FROM decode")[0][0] == pytest.approx(mean, rel=1e-6)
+        assert mean == pytest.approx(sum(request[3] for request in requests) / n_steps, rel=1e-6)
     # every run, to the last figure
-    expected_runs = sorted((request[1:] for request in requests), key=lambda request: request[1])
-    converted = [run for run in runs(path, tmp_path) if run[1] is not None]
-    assert [run[0] for run in converted] == [run[0] for run in expected_runs]
+    expected = sorted((request[1:] for request in requests), key=lambda request: request[1])
+    found = sorted(runs(TIERS[tier]), key=lambda run: run[1])
+    assert [run[0] for run in found] == [run[0] for run in expected]
     for place in (1, 2):
-        assert [run[place] for run in converted] == pytest.approx([run[place] for run in expected_runs], rel=1e-6)
-    assert [run[3] or [] for run in converted] == [pytest.approx(run[3], rel=1e-12) for run in expected_runs]
+        assert [run[place] for run in found] == pytest.approx([run[place] for run in expected], rel=1e-6)
+    assert [run[3] or [] for run in found] == [pytest.approx(run[3], rel=1e-12) for run in expected]
+
+
+def test_the_table_knows_the_lengths_and_the_model(table: Path) -> None:
+    lengths = query(table, "SELECT output_tokens, sum(n)::INTEGER FROM output_length GROUP BY ALL ORDER BY 1")
+    requests = [*vllm_by_hand(), *aiperf_by_hand(), *guidellm_by_hand()]
+    assert lengths == [tuple(pair) for pair in np.transpose(np.unique([r[1] for r in requests], return_counts=True))]
+    assert query(table, "SELECT value FROM meta WHERE key = 'model'") == [('["mock-moe"]',)]
 
 
 def test_the_files_hold_what_they_are_to_show() -> None:
@@ -146,23 +165,6 @@ def test_the_files_hold_what_they_are_to_show() -> None:
     )
 
 
-def test_a_table_of_files_converted_one_by_one(tmp_path: Path) -> None:
-    converted = [
-        convert(path, tmp_path / f"{path.stem}.parquet", config=build_config(tmp_path, tier=tier)).output
-        for path, tier in [(VLLM, "low"), (AIPERF, "medium"), (GUIDELLM, "high")]
-    ]
-    summary = build({"cleaning": {"outliers": "none"}}, runs=converted, output=tmp_path / "x.duckdb")
-    counts = query(summary.output, "SELECT tier, n FROM prefill ORDER BY n, tier")
-    assert counts == [("low", 21), ("medium", 21), ("high", 22)]
-    models = json.loads(query(summary.output, "SELECT value FROM meta WHERE key = 'model'")[0][0])
-    assert models == ["mock-moe"]
-
-
-def build_config(folder: Path, **constants: object) -> Path:
-    columns = {**KEY, **{name: {"constant": value} for name, value in constants.items()}}
-    return write(folder / "build.yaml", {"sources": ["x.json"], "output": "x.duckdb", "columns": columns})
-
-
 # what the configuration has to say, and what not
 
 
@@ -175,7 +177,7 @@ def build_config(folder: Path, **constants: object) -> Path:
     ],
 )
 def test_missing_key_tells_how_to_give_it(tmp_path: Path, path: Path, tool: str, missing: str) -> None:
-    expected = f"{path.name}: a file of {tool} does not say its {missing}: give constants in the configuration"
+    expected = f"{path.name}: a file of {tool}: no request has {missing}: the fields are "
     for attempt in (
         lambda: build(runs=path, output=tmp_path / "x.duckdb"),
         lambda: convert(path, tmp_path / "x.parquet"),
@@ -184,34 +186,32 @@ def test_missing_key_tells_how_to_give_it(tmp_path: Path, path: Path, tool: str,
         with pytest.raises(ConfigError) as caught:
             attempt()
         assert expected in str(caught.value)
-        assert "num_blocks: {constant: 16}" in str(caught.value)
+        assert f"`--set columns.{missing.split(',')[0]}.constant=VALUE`" in str(caught.value)
 
 
 def test_the_file_says_its_key(tmp_path: Path) -> None:
-    columns = {"num_blocks": {"constant": 12}}
+    key = "tier, top_k, num_blocks"
     for path in (VLLM, GUIDELLM):
-        summary = build({"columns": columns}, runs=path, output=tmp_path / "x.duckdb")
-        assert query(summary.output, "SELECT tier, top_k, num_blocks FROM prefill") == [("low", 8, 12)]
+        config = {"columns": {"num_blocks": {"constant": 12}}}
+        assert set(read(path, config=config, columns=f"{key}, reason IS NULL")) >= {("low", 8, 12, True)}
     own = write(tmp_path / "own.json", {**sound_vllm(), "my_tier": "high", "top_k": "4", "num_blocks": "16"})
-    summary = build({"columns": {"tier": "my_tier"}}, runs=own, output=tmp_path / "x.duckdb")
-    assert query(summary.output, "SELECT tier, top_k, num_blocks FROM prefill") == [("high", 4, 16)]
+    assert read(own, config={"columns": {"tier": "my_tier"}}, columns=key) == [("high", 4, 16)]
 
 
 @pytest.mark.parametrize("unit", ["s", "us", "ns"])
-def test_another_time_unit_would_convert_twice(tmp_path: Path, unit: str) -> None:
-    with pytest.raises(ConfigError, match=rf"aiperf.*a file of AIPerf has a unit of its own.*sources in {unit}"):
-        build({**CONFIG, "time_unit": unit}, runs=AIPERF, output=tmp_path / "x.duckdb")
+def test_another_time_unit_would_convert_twice(unit: str) -> None:
+    with pytest.raises(ConfigError, match=rf"aiperf.*a file of AIPerf has a unit of its own.*time_unit: {unit}"):
+        runs(AIPERF, {**CONFIG, "time_unit": unit})
 
 
 @pytest.mark.parametrize(
     ("name", "rule", "shown"),
     [("prefill_ms", ["a", "b"], "a + b"), ("decode_steps_ms", "gaps", "gaps"), ("prompt_tokens", "isl", "isl")],
 )
-def test_another_field_would_be_empty(tmp_path: Path, name: str, rule: object, shown: str) -> None:
-    columns = {**KEY, name: rule}
+def test_another_field_would_be_empty(name: str, rule: object, shown: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        build({"columns": columns}, runs=VLLM, output=tmp_path / "x.duckdb")
-    assert f"has no field {shown}: leave `columns.{name}` out" in str(caught.value)
+        runs(VLLM, {"columns": {**KEY, name: rule}})
+    assert f"has no field {shown}: leave out `columns.{name}`" in str(caught.value)
 
 
 def test_beside_runs_of_ones_own(tmp_path: Path) -> None:
@@ -219,9 +219,9 @@ def test_beside_runs_of_ones_own(tmp_path: Path) -> None:
     lines = [{**own, "prefill_ms": 30.5, "decode_ms": 7.25}, *map(json.loads, AIPERF.read_text().splitlines()[3:6])]
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert len(runs(path, tmp_path)) == 4
+    assert len(runs(path)) == 4
     with pytest.raises(ConfigError, match="a file of AIPerf has a unit of its own"):
-        build({**CONFIG, "time_unit": "s"}, runs=path, output=tmp_path / "x.duckdb")
+        runs(path, {**CONFIG, "time_unit": "s"})
 
 
 # vLLM
@@ -256,7 +256,7 @@ def sound_vllm(**columns: Sequence[object]) -> dict[str, Any]:
     ],
 )
 def test_vllm_chunks(tmp_path: Path, columns: dict[str, Any], expected: tuple[Any, ...]) -> None:
-    [run] = runs(write(tmp_path / "a.json", sound_vllm(**columns)), tmp_path)
+    [run] = runs(write(tmp_path / "a.json", sound_vllm(**columns)))
     assert run[:3] == pytest.approx(expected[:3])
     assert run[3] == (None if expected[3] is None else pytest.approx(expected[3]))
 
@@ -283,20 +283,19 @@ def test_vllm_chunks(tmp_path: Path, columns: dict[str, Any], expected: tuple[An
     ],
 )  # fmt: skip
 def test_vllm_requests_that_are_no_runs(tmp_path: Path, columns: dict[str, Any], expected: str) -> None:
-    [problem] = problems(write(tmp_path / "a.json", sound_vllm(**columns)), tmp_path)
+    [problem] = problems(write(tmp_path / "a.json", sound_vllm(**columns)))
     assert problem.startswith(expected)
 
 
 def test_vllm_token_counts_are_judged_as_in_any_run(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.json", sound_vllm(output_lens=["x"], input_lens=[None]))
-    with pytest.raises(BuildError, match=r"missing_value.*no prompt_tokens"):
-        build({"columns": KEY}, runs=path, output=tmp_path / "x.duckdb")
+    path = write(tmp_path / "a.json", sound_vllm(output_lens=["x"]))
+    assert read(path, columns="reason, detail") == [("not_a_number", "output_tokens is x, not a number")]
 
 
 def test_vllm_without_details(tmp_path: Path) -> None:
     lists = ("input_lens", "output_lens", "ttfts", "itls", "errors")
     summary = {name: value for name, value in sound_vllm().items() if name not in lists}
-    [problem] = problems(write(tmp_path / "a.json", summary), tmp_path)
+    [problem] = problems(write(tmp_path / "a.json", summary))
     assert problem.endswith("save it with --save-result --save-detailed")
 
 
@@ -305,19 +304,19 @@ def test_vllm_results_appended_to_one_file(tmp_path: Path, name: str) -> None:
     first, second = sound_vllm(), sound_vllm(ttfts=[0.03], itls=[[0.004, 0.005, 0.006]])
     path = tmp_path / name
     path.write_text(json.dumps(first) + "\n" + json.dumps(second))
-    assert [run[1] for run in runs(path, tmp_path)] == pytest.approx([20.0, 30.0])
+    assert [run[1] for run in runs(path)] == pytest.approx([20.0, 30.0])
 
 
 def test_sglang_spreads_chunks_so_that_gaps_are_no_steps(tmp_path: Path) -> None:
     result = sound_vllm()
     del result["endpoint_type"]
-    assert runs(write(tmp_path / "a.jsonl", result), tmp_path)[0][3] is None
+    assert runs(write(tmp_path / "a.jsonl", result))[0][3] is None
 
 
-def test_vllm_file_too_large_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_file_too_large_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "MAX_BYTES", 1000)
     with pytest.raises(SourceError, match=r"vllm-bench-serve.json: 0.0 GiB of vLLM's columns"):
-        build(CONFIG, runs=VLLM, output=tmp_path / "x.duckdb")
+        runs(VLLM)
 
 
 # AIPerf
@@ -354,7 +353,7 @@ def sound_aiperf(**metrics: object) -> dict[str, Any]:
     ],
 )
 def test_aiperf_metrics(tmp_path: Path, metrics: dict[str, Any], expected: tuple[Any, ...]) -> None:
-    [run] = runs(write(tmp_path / "a.jsonl", sound_aiperf(**metrics)), tmp_path)
+    [run] = runs(write(tmp_path / "a.jsonl", sound_aiperf(**metrics)))
     assert run[:3] == pytest.approx(expected[:3])
     assert run[3] == (None if expected[3] is None else pytest.approx(expected[3]))
 
@@ -373,13 +372,13 @@ def test_aiperf_metrics(tmp_path: Path, metrics: dict[str, Any], expected: tuple
     ],
 )  # fmt: skip
 def test_aiperf_requests_that_are_no_runs(tmp_path: Path, record: dict[str, Any], expected: str) -> None:
-    [problem] = problems(write(tmp_path / "a.jsonl", record), tmp_path)
+    [problem] = problems(write(tmp_path / "a.jsonl", record))
     assert problem.startswith(expected)
 
 
 def test_aiperf_summary_tells_where_the_requests_are(tmp_path: Path) -> None:
     summary = {"schema_version": "1", "aiperf_version": "0.13.0", "request_latency": {"p50": 1.0, "unit": "ms"}}
-    assert "profile_export.jsonl" in problems(write(tmp_path / "profile_export_aiperf.json", summary), tmp_path)[0]
+    assert "profile_export.jsonl" in problems(write(tmp_path / "profile_export_aiperf.json", summary))[0]
 
 
 # GenAI-Perf: the layout that its own reader of profile_export.json takes, for it is no longer to be had as a whole
@@ -422,7 +421,7 @@ def test_genai_perf_chunks(tmp_path: Path) -> None:
         "response_timestamps": [22e6, 27e6, 40e6],
         "response_outputs": [{"output_ids": [5]}, {"output_ids": 6}, {"output_ids": [7, 8]}],
     }
-    converted = runs(write(tmp_path / "a.json", genai_perf(one_token_each, together, identifiers)), tmp_path)
+    converted = runs(write(tmp_path / "a.json", genai_perf(one_token_each, together, identifiers)))
     assert [run[:3] for run in converted] == [
         pytest.approx((4, 20.0, 18.0)),
         pytest.approx((4, 21.0, 18.0)),
@@ -446,20 +445,17 @@ def test_genai_perf_chunks(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_genai_perf_requests_that_are_no_runs(tmp_path: Path, request_: object, expected: str) -> None:
-    [problem] = problems(write(tmp_path / "a.json", genai_perf(request_)), tmp_path)
+    [problem] = problems(write(tmp_path / "a.json", genai_perf(request_)))
     assert problem.startswith(expected)
 
 
-def test_genai_perf_quantiles_are_those_by_hand(tmp_path: Path) -> None:
+def test_genai_perf_times_are_those_by_hand(tmp_path: Path) -> None:
     generator = np.random.default_rng(3)
     moments_ms = [np.cumsum(generator.uniform(5, 9, len(CHUNKS))) for _ in range(40)]
     requests = [genai_perf_request(CHUNKS, moments.tolist()) for moments in moments_ms]
-    summary = build(CONFIG, runs=write(tmp_path / "a.json", genai_perf(*requests)), output=tmp_path / "x.duckdb")
-    prefill = query(summary.output, "SELECT p50_ms, p95_ms FROM prefill")[0]
-    decode = query(summary.output, "SELECT p50_ms, p95_ms FROM decode")[0]
-    assert prefill == pytest.approx(np.quantile([moments[1] for moments in moments_ms], [0.5, 0.95]), abs=1e-5)
-    steps = [np.diff(moments[1:5]) for moments in moments_ms]
-    assert decode == pytest.approx(np.quantile(steps, [0.5, 0.95]), abs=1e-5)
+    found = runs(write(tmp_path / "a.json", genai_perf(*requests)))
+    assert [run[1] for run in found] == pytest.approx([moments[1] for moments in moments_ms], abs=1e-5)
+    assert [run[3] for run in found] == [pytest.approx(np.diff(moments[1:5]), abs=1e-5) for moments in moments_ms]
 
 
 # GuideLLM
@@ -495,7 +491,7 @@ def guidellm(status: str = "successful", **changes: object) -> dict[str, Any]:
     ],
 )
 def test_guidellm_timestamps(tmp_path: Path, changes: dict[str, Any], expected: tuple[float, ...]) -> None:
-    [run] = runs(write(tmp_path / "a.json", guidellm(**changes)), tmp_path)
+    [run] = runs(write(tmp_path / "a.json", guidellm(**changes)))
     assert run[:3] == pytest.approx(expected)
     assert run[3] is None
 
@@ -511,7 +507,7 @@ def test_guidellm_timestamps(tmp_path: Path, changes: dict[str, Any], expected: 
     ],
 )
 def test_guidellm_requests_that_are_no_runs(tmp_path: Path, report: dict[str, Any], expected: str) -> None:
-    [problem] = problems(write(tmp_path / "a.json", report), tmp_path)
+    [problem] = problems(write(tmp_path / "a.json", report))
     assert problem.startswith(expected)
 
 
@@ -525,4 +521,140 @@ def test_runs_of_the_profiler_may_have_any_header(tmp_path: Path) -> None:
     ]
     for header in headers:
         path = write(tmp_path / "a.json", {**header, "per_sample_results": [run, run]})
-        assert len(runs(path, tmp_path)) == 2
+        assert len(runs(path)) == 2
+
+
+# LLMPerf
+
+
+def llmperf(output_tokens: int = 4, ttft_s: float = 0.02, step_s: float = 0.006, **changes: object) -> dict[str, Any]:
+    """A response as LLMPerf writes it, whose inter-token latency is the whole latency over n."""
+    latency_s = ttft_s + step_s * (output_tokens - 1)
+    response = {
+        "error_code": None,
+        "error_msg": "",
+        "inter_token_latency_s": latency_s / output_tokens,
+        "ttft_s": ttft_s,
+        "end_to_end_latency_s": latency_s,
+        "request_output_throughput_token_per_s": output_tokens / latency_s,
+        "number_total_tokens": 50 + output_tokens,
+        "number_output_tokens": output_tokens,
+        "number_input_tokens": 50,
+    }
+    return {**response, **changes}
+
+
+def test_llmperf_steps_are_what_lies_after_the_first_token(tmp_path: Path) -> None:
+    generator = np.random.default_rng(5)
+    lengths = generator.integers(1, 60, 200).tolist()
+    responses = [llmperf(n, ttft, 0.01) for n, ttft in zip(lengths, generator.uniform(0.1, 0.4, 200), strict=True)]
+    path = write(tmp_path / "a.json", responses)
+    per_step = [decode / (n - 1) for n, _, decode, _ in runs(path) if n > 1]
+    assert len(runs(path)) == 200
+    assert per_step == pytest.approx([10.0] * len(per_step))
+    own = [response["inter_token_latency_s"] * 1e3 for response in responses if response["number_output_tokens"] > 1]
+    assert np.median(own) > 15
+    table = lutest.load(build(CONFIG, runs=path, output=tmp_path / "x.duckdb").output)
+    assert table["low", 8, 16].decode_step_p50_ms == pytest.approx(10.0, rel=1e-6)
+    assert set(read(path, columns="one_pass = (output_tokens > 1)")) == {(True,)}
+
+
+def test_equal_responses_of_llmperf_are_told_apart_by_their_place(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", [llmperf(ttft_s=0.1234567)] * 3)
+    assert read(path, columns="sample_id") == [("0",), ("1",), ("2",)]
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        (llmperf(error_code=429, error_msg="Too\nMany Requests"), "the request failed: Many Requests"),
+        (llmperf(error_code=-1), "the request failed: error -1"),
+        (llmperf(ttft_s=0), "no time to first token: the answer was empty, or not streamed"),
+        (llmperf(ttft_s=0.02, end_to_end_latency_s=0.02), "all 4 tokens came at once"),
+        (llmperf(end_to_end_latency_s=None), "no end_to_end_latency_s"),
+        ({**llmperf(), "ttft_s": "x"}, "ttft_s is 'x', not a number"),
+        ([1], "the request is [1], not an object"),
+    ],
+)
+def test_llmperf_requests_that_are_no_runs(tmp_path: Path, response: object, expected: str) -> None:
+    path = write(tmp_path / "a.json", [llmperf(), response])
+    assert len(runs(path)) == 1
+    assert problems(path)[0].startswith(expected)
+
+
+# what a tool knows of the load
+
+
+def sweep(*strategies: dict[str, Any], place: str = "config") -> dict[str, Any]:
+    """A report of GuideLLM of several benchmarks, the i-th with i + 2 requests."""
+    benchmarks = []
+    for number, strategy in enumerate(strategies):
+        [request] = guidellm()["benchmarks"][0]["requests"]["successful"]
+        requests = [
+            {**request, "request_id": f"{number}-{i}", "time_to_first_token_ms": 20.0 + i} for i in range(number + 2)
+        ]
+        state = {"start_requests_time": 10.0, "end_requests_time": 13.0, "successful_requests": number + 2}
+        benchmarks.append(
+            {place: {"strategy": strategy}, "scheduler_state": state, "requests": {"successful": requests}}
+        )
+    return {"benchmarks": benchmarks}
+
+
+def test_a_sweep_of_guidellm_has_a_key_for_each_rate(tmp_path: Path) -> None:
+    strategies = (
+        {"type_": "synchronous", "max_concurrency": 1},
+        {"type_": "throughput", "max_concurrency": 512},
+        {"type_": "constant", "rate": 1.5},
+        {"type_": "constant", "rate": 2.25},
+        {"type_": "concurrent", "streams": 4},
+    )
+    summary = build(
+        {"key": ["strategy", "rate"]},
+        runs=write(tmp_path / "a.json", sweep(*strategies)),
+        output=tmp_path / "x.duckdb",
+    )
+    expected = [
+        ("concurrent", 2.0, 6),  # as achieved: 6 requests in 3 s
+        ("constant", 1.5, 4),
+        ("constant", 2.25, 5),
+        ("synchronous", 0.667, 2),
+        ("throughput", 1.0, 3),
+    ]
+    assert query(summary.output, "SELECT strategy, rate, n FROM prefill ORDER BY ALL") == expected
+    early = write(tmp_path / "b.json", sweep(*strategies, place="args"))
+    assert read(early, config={"key": ["strategy", "concurrency"]}, columns="concurrency")[-1] == (4,)
+
+
+def test_load_of_vllm(tmp_path: Path) -> None:
+    load = {"request_rate": "inf", "burstiness": 1.0, "max_concurrency": 8, "request_throughput": 13.6543}
+    path = write(tmp_path / "a.json", {**sound_vllm(), **load})
+    config = {"key": ["strategy", "rate", "concurrency", "request_rate", "max_concurrency"]}
+    names = ", ".join(config["key"])
+    assert read(path, config=config, columns=names) == [("throughput", 13.7, 8, "inf", 8)]
+    for burstiness, strategy in ((1.0, "poisson"), (0.5, "gamma")):
+        write(path, {**sound_vllm(), **load, "request_rate": 2.5, "burstiness": burstiness})
+        assert read(path, config=config, columns=names) == [(strategy, 2.5, 8, 2.5, 8)]
+
+
+@pytest.mark.parametrize(
+    ("load", "expected"),
+    [
+        ({"phases": [{"name": "warmup", "type": "concurrency"}, {"name": "profiling", "type": "poisson", "rate": 2.5,
+          "concurrency": 8}]}, ("poisson", 2.5, 8)),
+        ({"phases": [{"name": "profiling", "type": "concurrency", "concurrency": 8}]}, ("concurrency", 13.7, 8)),
+        ({"loadgen": {"request_rate": 2.5, "request_rate_mode": "constant"}}, ("constant", 2.5, None)),
+    ],
+)  # fmt: skip
+def test_load_of_aiperf_is_in_the_summary_beside(
+    tmp_path: Path, load: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    path = write(tmp_path / "profile_export.jsonl", sound_aiperf())
+    config = {"key": ["strategy", "rate"], "columns": {"accuracy": "concurrency"}}
+    with pytest.raises(ConfigError, match="no request has strategy, rate"):
+        read(path, config=config, columns="strategy")
+    summary = {"aiperf_version": "0.13.0", "input_config": load, "request_throughput": {"avg": 13.6543}}
+    write(tmp_path / "profile_export_aiperf.json", summary)
+    assert read(path, config=config, columns="strategy, rate, accuracy") == [expected]
+    (tmp_path / "profile_export_aiperf.json").write_text("[1")
+    with pytest.raises(ConfigError, match="no request has strategy, rate"):
+        read(path, config=config, columns="strategy")
