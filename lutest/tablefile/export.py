@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from lutest.reader.errors import ArgumentError, BuildError, TableError
-from lutest.reader.export_file import EXPORT_ENDING, EXPORT_FORMAT, EXPORT_VERSION
-from lutest.reader.file import read_figures
+from lutest.reader.file import EXPORT_ENDING, EXPORT_FORMAT, EXPORT_VERSION, read_figures
 from lutest.reader.names import literal, quote
 from lutest.tablefile.schema import TABLES
 from lutest.tablefile.sql import connect

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -48,7 +48,7 @@ def write_macros(
     """
     sql = _Sql(tuple(quantiles), tuple(key_columns))
     for kind, name, definition, comment in (*sql.views(), *sql.estimates(), *sql.searches()):
-        connection.execute(f"CREATE {kind.split()[0]} {name}{definition}")
+        connection.execute(f"CREATE OR REPLACE {kind.split()[0]} {name}{definition}")
         connection.execute(f"COMMENT ON {kind} {name} IS {literal(comment)}")
 
 
@@ -100,12 +100,13 @@ class _Sql:
 
     def _segments(self, table: str, place: str, unit: str, *extra: str, carries_on: bool) -> str:
         """One row per segment [first_at, stop) of a piecewise-linear curve; the last one has no stop."""
-        columns = []
+        columns, last = [], "0"
         for suffix in self.suffixes:
             value = f"c.{suffix}_{unit}"
             before = f"({value} - lag({value}) OVER along) / (c.{place} - lag(c.{place}) OVER along)"
             after = f"(lead({value}) OVER along - {value}) / (lead(c.{place}) OVER along - c.{place})"
-            last = f"greatest(coalesce({before}, 0), 0)" if carries_on else "0"
+            if carries_on:  # of the quantiles below it at least, so that they never cross
+                last = f"greatest(coalesce({before}, 0), {last})"
             columns += [f"{value} AS {suffix}_start", f"coalesce({after}, {last}) AS {suffix}_slope"]
         return f""" AS
             SELECT
@@ -121,7 +122,7 @@ class _Sql:
     def _key_figures(self) -> str:
         return f""" AS
             SELECT {self.renamed("p")}, p.prompt_tokens_p50 AS median_prompt,
-                {", ".join(f"t.{suffix}_correlation" for suffix in self.suffixes)}
+                {", ".join(f"coalesce(t.{s}_correlation, 0) AS {s}_correlation" for s in self.suffixes)}
             FROM prefill AS p LEFT JOIN total AS t ON {" AND ".join(f"t.{key} = p.{key}" for key in self.keys)}
         """
 
@@ -189,64 +190,55 @@ class _Sql:
     def estimates(self) -> list[Object]:
         q = {"q": repr(ESTIMATE_QUANTILE)}
         run = ("prompt_tokens", "output_tokens")
-        any_run = {"prompt_tokens": "NULL", "workload": "NULL"}
+        of_runs = {"prompt_tokens": "NULL", "workload": "NULL"}
+        over = "over the output lengths of a workload, or of all together"
         return [
-            self._estimate("prefill_ms", ("prompt_tokens",), q, self._prefill_ms, "Quantile q of prefill latency, ms"),
-            self._estimate(
-                "decode_step_ms", ("kv_len",), q, self._step_ms, "Quantile q of a decode step at a KV length, ms"
-            ),
-            self._estimate("decode_ms", run, q, self._decode_ms, "Quantile q of everything after the first token, ms"),
-            self._estimate("total_ms", run, q, self._total_ms, "Quantile q of prefill + decode, ms"),
             ("MACRO", "normal_share", _NORMAL_SHARE, "Share of a normal distribution below a score"),
-            self._estimate(
-                "p_within",
-                ("budget_ms",),
-                any_run,
-                self._p_within,
-                "Probability that prefill + decode stays within a budget, over output lengths of a workload, or of all",
+            *self._estimate(
+                "prefill_ms", ("prompt_tokens",), q, self._prefill_ms(), "Quantile q of prefill at a prompt length, ms"
             ),
-            self._estimate(
-                "expected_total_ms",
-                (),
-                any_run,
-                self._expected_total_ms,
-                "Mean of prefill + decode over output lengths of a workload, or of all, ms",
+            *self._estimate(
+                "decode_step_ms", ("kv_len",), q, self._step_ms(), "Quantile q of a step at a KV length, ms"
+            ),
+            *self._estimate("decode_ms", run, q, self._decode_ms(), "Quantile q of all after the first token, ms"),
+            *self._estimate("total_ms", run, q, self._total_ms(), "Quantile q of prefill + decode, ms"),
+            *self._estimate(
+                "p_within", ("budget_ms",), of_runs, self._p_within(), f"Probability that a total fits a budget, {over}"
+            ),
+            *self._estimate(
+                "expected_total_ms", (), of_runs, self._expected_total_ms(), f"Mean of prefill + decode {over}, ms"
             ),
         ]
 
     def _estimate(
-        self,
-        name: str,
-        required: Sequence[str],
-        optional: Mapping[str, str],
-        answer: Callable[[Mapping[str, str]], str],
-        comment: str,
-    ) -> Object:
-        """A macro of the key and what is required, and of as many of the others as are given."""
-        overloads = []
-        for given in range(len(optional) + 1):
-            names = (*required, *list(optional)[:given])
-            overloads.append(
-                f"({', '.join([*self.keys, *names])}) AS ({answer({**optional, **{n: n for n in names}})})"
-            )
-        return "MACRO", name, ", ".join(overloads), comment
+        self, name: str, required: Sequence[str], optional: Mapping[str, str], answer: str, comment: str
+    ) -> Iterator[Object]:
+        """A macro of the key and what is required; then again with forms that leave out the last arguments."""
+        parameters = ", ".join([*self.keys, *required, *optional])
+        definition = f"({parameters}) AS ({answer})"
+        yield "MACRO", name, definition, comment
+        for given in range(len(optional)):
+            names = [*self.keys, *required, *list(optional)[:given]]
+            values = ", ".join([*names, *list(optional.values())[given:]])
+            definition += f", ({', '.join(names)}) AS {name}({values})"
+        yield "MACRO", name, definition, comment
 
-    def _prefill_ms(self, given: Mapping[str, str]) -> str:
-        x = self._asked(prompt=given["prompt_tokens"], level=given["q"])
+    def _prefill_ms(self) -> str:
+        x = self._asked(prompt="prompt_tokens", level="q")
         return f"SELECT {self._at_level(lambda s: _at('p', s, 'x.prompt'))} FROM {x} {self._known('p')}"
 
-    def _step_ms(self, given: Mapping[str, str]) -> str:
-        x = self._asked(kv_len=given["kv_len"], level=given["q"])
+    def _step_ms(self) -> str:
+        x = self._asked(kv_len="kv_len", level="q")
         return f"SELECT {self._at_level(lambda s: _at('s', s, 'x.kv_len'))} FROM {x} {self._known('s')}"
 
-    def _decode_ms(self, given: Mapping[str, str]) -> str:
-        x = self._asked(prompt=given["prompt_tokens"], tokens=given["output_tokens"], level=given["q"])
+    def _decode_ms(self) -> str:
+        x = self._asked(prompt="prompt_tokens", tokens="output_tokens", level="q")
         ratio = self._at_level(lambda s: _at("r", s, "(x.tokens - 1)"))
         value = f"CASE WHEN x.tokens = 1 THEN 0.0 ELSE ({self._steps_ms()}) * ({ratio}) END"
         return f"SELECT {value} FROM {x} {self._known('k', 'a', 'b', 'r')}"
 
-    def _total_ms(self, given: Mapping[str, str]) -> str:
-        x = self._asked(prompt=given["prompt_tokens"], tokens=given["output_tokens"], level=given["q"])
+    def _total_ms(self) -> str:
+        x = self._asked(prompt="prompt_tokens", tokens="output_tokens", level="q")
         parts = {
             "tokens": "x.tokens",
             "side": "CASE WHEN x.level < 0.5 THEN -1 ELSE 1 END",
@@ -260,16 +252,16 @@ class _Sql:
         total = _total("prefill_q", "ratio_q", "correlation", "t.side")
         return f"SELECT {total} FROM ({_select(parts)} FROM {x} {self._known('k', 'p', 'a', 'b', 'r')}) AS t"
 
-    def _over_lengths(self, given: Mapping[str, str], **asked: str) -> str:
+    def _over_lengths(self, **asked: str) -> str:
         """A row per output length, ``w``: its share, what was asked, and totals at the levels, which do not fall."""
-        x = self._asked(prompt=given["prompt_tokens"], of_workload=given["workload"], **asked)
+        x = self._asked(prompt="prompt_tokens", of_workload="workload", **asked)
         parts = {
             **{name: f"x.{name}" for name in asked},
             "share": "l.share",
             "tokens": "l.tokens",
             "steps_ms": self._steps_ms("l.tokens"),
         }
-        totals = {}
+        totals: dict[str, str] = {}
         for q, s in zip(self.quantiles, self.suffixes, strict=True):
             parts[f"prefill_{s}"] = _at("p", s, "x.prompt")
             parts[f"ratio_{s}"] = _at("r", s, "(l.tokens - 1)")
@@ -281,9 +273,9 @@ class _Sql:
         held = {name: f"t.{name}" for name in (*asked, "share", "tokens")}
         return f"({_select({**held, **totals})} FROM ({_select(parts)} FROM {x} {lengths} {known}) AS t) AS w"
 
-    def _mean(self, value: str, given: Mapping[str, str], rows: str) -> str:
+    def _mean(self, value: str, rows: str) -> str:
         """Mean of a value over rows with a share; NULL where one of them is."""
-        missing = f"'the table holds no output lengths of workload ' || coalesce({given['workload']}, 'any')"
+        missing = "'the table holds no output lengths of workload ' || coalesce(workload, 'any')"
         return f"""
             SELECT CASE
                 WHEN count(*) = 0 THEN error({missing})
@@ -292,7 +284,7 @@ class _Sql:
             FROM (SELECT w.share, {value} AS value FROM {rows}) AS m
         """
 
-    def _p_within(self, given: Mapping[str, str]) -> str:
+    def _p_within(self) -> str:
         levels = levels_of(self.quantiles)
         lines = []
         for (low, low_score), (high, high_score) in pairwise(zip(self.suffixes, levels.scores, strict=True)):
@@ -304,7 +296,7 @@ class _Sql:
                         WHEN w.budget < w.{low}_ms THEN {-2 * levels.outermost!r}
                         ELSE {levels.outermost!r}
                     END""")
-        totals = self._over_lengths(given, budget=given["budget_ms"])
+        totals = self._over_lengths(budget="budget_ms")
         # grouped, each length by itself, so that DuckDB works the score out once and not wherever it stands
         score = f"any_value(w.share) AS share, any_value(CASE {''.join(lines)} END) AS score"
         scores = f"(SELECT {score} FROM {totals} GROUP BY w.tokens) AS w"
@@ -315,13 +307,13 @@ class _Sql:
                 ELSE normal_share(w.score)
             END
         """
-        return self._mean(within, given, scores)
+        return self._mean(within, scores)
 
-    def _expected_total_ms(self, given: Mapping[str, str]) -> str:
+    def _expected_total_ms(self) -> str:
         weights = levels_of(self.quantiles).weights
         mean = " + ".join(f"{weight!r} * w.{s}_ms" for weight, s in zip(weights, self.suffixes, strict=True))
         # the line of two levels is symmetric about the median
-        return self._mean(mean if len(weights) > 2 else "w.p50_ms", given, self._over_lengths(given))
+        return self._mean(mean if len(weights) > 2 else "w.p50_ms", self._over_lengths())
 
     # searches
 
@@ -345,8 +337,8 @@ class _Sql:
                 "MACRO TABLE",
                 "feasible",
                 parameters + self._feasible(),
-                "Configurations that fit a budget, with the latency that decides: prefill within its share of the budget; "
-                "the total, given output_tokens; the total with probability p_at_least, or its mean by := 'expected'",
+                "Configurations that fit a budget: prefill its share of it; given output_tokens, the total at q; over "
+                "the table's output lengths, the total with probability p_at_least, or its mean: by := 'expected'",
             ),
             (
                 "MACRO TABLE",
@@ -377,7 +369,8 @@ class _Sql:
                 FROM (SELECT n.of_column, unnest(map_entries(n.pairs)) AS pair FROM nested AS n) AS u
             ),
             found AS (
-                SELECT count(DISTINCT v.place) AS n, min(v.place) AS place, string_agg(DISTINCT v.name, ' and ') AS names
+                SELECT
+                    count(DISTINCT v.place) AS n, min(v.place) AS place, string_agg(DISTINCT v.name, ' and ') AS names
                 FROM key_values AS v JOIN given AS g ON {matches} AND coalesce(g.of_column, v.name) = v.name
             )
             SELECT
@@ -418,7 +411,8 @@ class _Sql:
                     {key},
                     expected_total_ms({key}, r.prompt, workload),
                     CASE
-                        WHEN p_within({key}, budget_ms / (1 + margin), r.prompt, workload) >= p_at_least THEN 'inf'::DOUBLE
+                        WHEN p_within({key}, budget_ms / (1 + margin), r.prompt, workload) >= p_at_least
+                        THEN 'inf'::DOUBLE
                     END
                 FROM r WHERE p_at_least IS NOT NULL
             ) AS a ON {" AND ".join(f"a.key_{i} = c.{name}" for i, name in enumerate(self.keys, 1))}
@@ -443,7 +437,8 @@ class _Sql:
                     coalesce(workload, min(w.workload)) AS chosen, bool_or(w.workload = workload) AS held
                 FROM quality AS w
             ) AS v
-            LEFT JOIN quality AS s ON s.workload = v.chosen AND {" AND ".join(f"s.{name} = f.{name}" for name in self.keys)}
+            LEFT JOIN quality AS s
+                ON s.workload = v.chosen AND {" AND ".join(f"s.{name} = f.{name}" for name in self.keys)}
             WHERE
                 CASE
                     WHEN v.n = 0 THEN error('the table holds no accuracy: build from runs with a column accuracy')

@@ -244,27 +244,12 @@ TABLES: dict[str, Table] = {
 
 
 MOST_KEY_COLUMNS = 8
-# Of the views and of the work that a build does, and what macros, methods and functions call their arguments.
-_TAKEN = {
-    *(
-        "budget_ms",
-        "by",
-        "correlation",
-        "end",
-        "is_first",
-        "key_id",
-        "keys",
-        "margin",
-        "missing",
-        "output",
-        "output_tokens",
-    ),
-    *("p_at_least", "prefill_share", "prompt_tokens_by", "prompt_tokens_column", "q", "quality", "run_hash", "self"),
-    *("start", "stop", "sum_start", "table", "values"),
-}
-_OF_A_QUANTILE = re.compile(
-    r"(prefill_|decode_step_)?p\d+(_\d+)?_(ms|sum_ms|upper_ms|ratio|correlation|start|slope)|key_\d+"
-)
+# What searches add to a configuration, and what macros and methods call their arguments.
+_TAKEN = (
+    "accuracy", "budget_ms", "by", "latency_ms", "margin", "missing", "output_tokens", "p_at_least", "prefill_share",
+    "prompt_tokens_by", "q", "quality", "self",
+)  # fmt: skip
+_OF_A_QUANTILE = re.compile(r"(prefill_|decode_step_)?p\d+(_\d+)?_(upper_ms|ms|ratio|correlation)")
 
 
 def refuse_key_names(names: Sequence[str]) -> None:
@@ -278,7 +263,7 @@ def refuse_key_names(names: Sequence[str]) -> None:
     """
     if not 0 < len(names) <= MOST_KEY_COLUMNS:
         raise ConfigError(f"`key` has {len(names)} columns; a configuration is made of 1 to {MOST_KEY_COLUMNS}")
-    held = {column.name for table in TABLES.values() for column in table.columns} | _TAKEN
+    held = {column.name for table in TABLES.values() for column in table.columns}.union(_TAKEN)
     for place, name in enumerate(names):
         plain = name.lower()
         if not name.strip() or not name.isprintable():

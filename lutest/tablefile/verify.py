@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lutest.reader.errors import TableError
-from lutest.reader.export_file import EXPORT_ENDING
-from lutest.reader.file import read_figures
+from lutest.reader.file import EXPORT_ENDING, read_figures
 from lutest.reader.names import LOG_ENDINGS, REBUILD, quote, refuse_unfinished
 from lutest.reader.seal import check_seal
 from lutest.tablefile.schema import TABLES, stored_key_columns
