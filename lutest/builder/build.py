@@ -62,7 +62,7 @@ class BuildSummary:
     n_clamped : int
         Runs used whose decode was clamped at zero.
     n_kept_beyond_fences : int
-        Runs beyond the outlier fences that were kept, for they are more than 5 % of all: a tail, not outliers.
+        Runs beyond the outlier fences that were kept, for they are more than 5 % of all, or of their key: a tail.
     fit_seconds, seconds : float
         How long fitting, and all of it, took.
     """

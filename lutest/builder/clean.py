@@ -9,6 +9,7 @@ __all__ = ["write_accepted_runs"]
 LEAST_RUNS = 12  # with fewer runs, quartiles say too little to call a run an outlier
 MOST_BINS = 8  # medians that the line over prompt length goes through
 MOST_OUTLIERS = 0.05  # share of runs above which what lies beyond the fences is the tail that P95 is about
+LEAST_TAIL = 12  # runs of one key beyond its fences that are more than chance
 LEAST_SPREAD = 0.01  # interquartile range in log units below which a key's noise is that of the clock
 
 
@@ -37,8 +38,8 @@ def write_accepted_runs(connection: duckdb.DuckDBPyConnection, outliers: str, k:
     Prefill is judged in every run, the mean decode step only where steps were timed: by subtraction, short outputs
     are mostly noise, and noise is not an outlier.
     Keys with few runs, or with most of their runs at one value of a coarse clock, are not judged. Where more than 5 %
-    of all runs lie beyond the fences, they are no outliers but a second mode of the machine (a busy neighbour, a hot
-    GPU) that will come again: they are kept.
+    of all runs lie beyond the fences, or a dozen and 5 % of a key's, they are no outliers but a second mode of the
+    machine (a busy neighbour, a hot GPU, a request that waits for another) that will come again: they are kept.
     """
     connection.execute(
         """
@@ -158,14 +159,23 @@ def _reject_outliers(connection: duckdb.DuckDBPyConnection, name: str, value: st
             GROUP BY key_id
             HAVING count(*) >= {LEAST_RUNS} AND q3 > q1
         )
-        SELECT source_id, "row", value, residual < q1 - reach AS low, residual > q3 + reach AS high
-        FROM residuals JOIN fences USING (key_id)
+        SELECT
+            *,
+            count(*) FILTER (low OR high) OVER of_key >= {LEAST_TAIL}
+                AND count(*) FILTER (low OR high) OVER of_key > {MOST_OUTLIERS} * count(*) OVER of_key AS in_tail
+        FROM (
+            SELECT source_id, "row", key_id, value, residual < q1 - reach AS low, residual > q3 + reach AS high
+            FROM residuals JOIN fences USING (key_id)
+        )
+        WINDOW of_key AS (PARTITION BY key_id)
         """,
         {"k": k},
     )
-    counts = connection.execute("SELECT count(*), count(*) FILTER (low OR high) FROM judged").fetchone()
+    counts = connection.execute(
+        "SELECT count(*), count(*) FILTER (low OR high), count(*) FILTER ((low OR high) AND in_tail) FROM judged"
+    ).fetchone()
     assert counts is not None
-    n_judged, n_beyond = counts
+    n_judged, n_beyond, n_tail = counts
     if n_beyond > MOST_OUTLIERS * n_judged:
         return int(n_beyond)
     connection.execute(
@@ -179,8 +189,8 @@ def _reject_outliers(connection: duckdb.DuckDBPyConnection, name: str, value: st
             || CASE WHEN low THEN 'below' ELSE 'above' END
             || ' the quartiles of its key (log scale, at its prompt length)'
         FROM judged
-        WHERE low OR high
+        WHERE (low OR high) AND NOT in_tail
         """,
         {"k": k},
     )
-    return 0
+    return int(n_tail)

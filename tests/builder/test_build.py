@@ -311,6 +311,18 @@ class TestOutliers:
         ]
         assert 0.92 <= np.mean(below) <= 0.98
 
+    def test_the_tail_of_one_key_among_many_is_kept(self, tmp_path: Path) -> None:
+        frame = pd.concat(
+            [self._lognormal(200, seed=20 + users, sigma=0.02).assign(num_blocks=users) for users in range(1, 9)]
+        ).reset_index(drop=True)
+        slow = (frame["num_blocks"] == 3) & (np.arange(len(frame)) % 8 == 0)  # 25 of 200, under 2 % of all
+        frame.loc[slow, "prefill_ms"] *= 3
+        frame.loc[0, "prefill_ms"] *= 3
+        summary = build(runs=frame, output=tmp_path / "t.duckdb")
+        assert (summary.rejected["outlier"], summary.n_kept_beyond_fences) == (1, 25)
+        prefill = _query(summary.output, "SELECT p95_ms FROM prefill WHERE num_blocks = 3").iat[0, 0]
+        assert prefill == np.quantile(frame.loc[frame["num_blocks"] == 3, "prefill_ms"], 0.95)
+
     def test_few_runs_are_not_judged(self, tmp_path: Path) -> None:
         frame = pd.DataFrame([_one(prefill_ms=value) for value in (50.01, 50.02, 50.03, 900.01)])
         assert build(runs=frame, output=tmp_path / "t.duckdb").rejected == {}
