@@ -61,7 +61,7 @@ def info(arguments: argparse.Namespace) -> Answer:
         ("sources", f"{count(len(sources), 'file')}: {count_runs(sources)}"),
         ("rejected", ", ".join(f"{n:,} {reason}" for reason, n in rejected) or "none"),
     ]
-    lines = [f"{one_line(title):<16}{one_line(value)}" for title, value in facts]
+    lines = [f"{one_line(title):<15} {one_line(value)}" for title, value in facts]
     lines += ["", format_key_table(table.key_columns, keys, upper=True)]
     thin = [key for key in keys if key["runs_wanted"]]
     if thin:

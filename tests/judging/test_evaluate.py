@@ -26,20 +26,19 @@ KEYS = (("low", 4, 12), ("low", 8, 12), ("high", 4, 12))
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    runs = noisy_runs(KEYS, runs_per_key=80, seed=1).assign(device="desk", model="small")
-    return build(runs=runs, output=tmp_path_factory.mktemp("evaluate") / "table.duckdb").output
+def own() -> pd.DataFrame:
+    """The runs that the table is built from."""
+    return noisy_runs(KEYS, runs_per_key=80, seed=1).assign(device="desk", model="small")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory, own: pd.DataFrame) -> Path:
+    return build(runs=own, output=tmp_path_factory.mktemp("evaluate") / "table.duckdb").output
 
 
 @pytest.fixture(scope="module")
 def fresh() -> pd.DataFrame:
     return noisy_runs(KEYS, runs_per_key=80, seed=2).assign(device="desk", model="small")
-
-
-@pytest.fixture(scope="module")
-def own_table(tmp_path_factory: pytest.TempPathFactory, fresh: pd.DataFrame) -> Path:
-    """A table built from the very runs that it is judged by."""
-    return build(runs=fresh, output=tmp_path_factory.mktemp("own") / "own.duckdb").output
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +102,10 @@ def test_figures_equal_those_of_a_loop(
 
 
 def test_figures_do_not_depend_on_the_names_of_key_columns(
-    tmp_path: Path, fresh: pd.DataFrame, judged: Evaluation
+    tmp_path: Path, own: pd.DataFrame, fresh: pd.DataFrame, judged: Evaluation
 ) -> None:
     key = BOTH_KEYS[1]
-    runs = keyed(noisy_runs(KEYS, runs_per_key=80, seed=1).assign(device="desk", model="small"), key)
-    renamed = runs.rename(columns={"users": "clients"})
+    renamed = keyed(own, key).rename(columns={"users": "clients"})
     config = {"key": list(key), "columns": {"users": "clients"}}
     built = build(config, runs=renamed, output=tmp_path / "table.duckdb").output
     evaluation = evaluate(built, keyed(fresh, key).rename(columns={"users": "clients"}))  # read as the table was built
@@ -148,15 +146,15 @@ def test_fresh_runs_of_the_same_kind_give_no_warning(judged: Evaluation) -> None
     assert judged.left_out == {}
 
 
-def test_own_runs_are_told_by_their_digest(own_table: Path, fresh: pd.DataFrame) -> None:
-    (warning,) = evaluate(own_table, fresh).warnings
+def test_own_runs_are_told_by_their_digest(table: Path, own: pd.DataFrame) -> None:
+    (warning,) = evaluate(table, own).warnings
     assert "240 of 240 runs" in warning
     assert "built from" in warning
 
 
-def test_own_runs_are_told_after_a_conversion_too(own_table: Path, tmp_path: Path, fresh: pd.DataFrame) -> None:
-    convert(fresh.drop(columns="model"), tmp_path / "runs.parquet")
-    (warning,) = evaluate(own_table, tmp_path / "runs.parquet").warnings
+def test_own_runs_are_told_after_a_conversion_too(table: Path, own: pd.DataFrame, tmp_path: Path) -> None:
+    convert(own.drop(columns="model"), tmp_path / "runs.parquet")
+    (warning,) = evaluate(table, tmp_path / "runs.parquet").warnings
     assert "the table was built from some of these very runs" in warning
 
 
@@ -177,10 +175,8 @@ def test_another_device_or_model_is_named(table: Path, fresh: pd.DataFrame) -> N
     assert evaluate(table, fresh.drop(columns=["device", "model"])).warnings == ()
 
 
-def test_a_table_without_its_file_says_that_it_cannot_tell(
-    own_table: Path, tmp_path: Path, fresh: pd.DataFrame
-) -> None:
-    copy = Path(shutil.copy(own_table, tmp_path))
+def test_a_table_without_its_file_says_that_it_cannot_tell(table: Path, tmp_path: Path, fresh: pd.DataFrame) -> None:
+    copy = Path(shutil.copy(table, tmp_path))
     held = load(copy)
     copy.unlink()
     (warning,) = evaluate(held, fresh).warnings

@@ -20,7 +20,7 @@ from lutest.runs.convert import convert
 from tests.children import run_child
 
 KEYS = [(tier, top_k, 12) for tier in ("low", "medium", "high") for top_k in (4, 8)]
-RUNS_PER_KEY = 30
+RUNS_PER_KEY = 20
 WITNESS = "witness.txt"
 
 RunKey = tuple[str, int, int, int]
