@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import duckdb
@@ -161,36 +162,33 @@ def _write_upper_bounds(connection: duckdb.DuckDBPyConnection, upper_rank: Calla
         ("prefill", "n", "accepted_runs", "prefill_ms"),
         ("decode", "n_timed", "steps", "step_ms"),
     ):
-        sizes = connection.execute(f"SELECT DISTINCT {count} FROM {table} ORDER BY 1").fetchall()
-        ranks = [(n, rank) for (n,) in sizes if (rank := upper_rank(n)) is not None]
-        if not ranks:
-            continue
-        connection.execute("CREATE OR REPLACE TEMP TABLE upper_ranks (size BIGINT, rank BIGINT)")
-        connection.executemany("INSERT INTO upper_ranks VALUES (?, ?)", ranks)
+        sizes = connection.execute(
+            f"SELECT key_id, {count}, count(*) FROM {relation} JOIN {table} USING (key_id) GROUP BY ALL"
+        ).fetchall()
+        places = {
+            key_id: n_values - math.ceil(rank / n * n_values - 1e-9) + 1
+            for key_id, n, n_values in sizes
+            if (rank := upper_rank(n)) is not None
+        }
+        connection.execute(
+            "CREATE OR REPLACE TEMP TABLE upper_places AS SELECT unnest($1) AS key_id, unnest($2) AS place_from_top",
+            [list(places), list(places.values())],
+        )
         connection.execute(
             f"""
             UPDATE {table} AS target
             SET p95_upper_ms = bound.value
             FROM (
-                WITH wanted AS (
-                    SELECT key_id, rank / size AS level, p95_ms
-                    FROM {table} JOIN upper_ranks ON upper_ranks.size = {table}.{count}
-                ),
-                sizes AS (
-                    SELECT key_id, count(*) AS n_values
-                    FROM {relation}
-                    GROUP BY key_id
-                ),
-                tail AS (
+                WITH tail AS (
                     SELECT
-                        key_id, level, {value} AS value,
+                        key_id, {value} AS value,
                         row_number() OVER (PARTITION BY key_id ORDER BY {value} DESC) AS from_top
-                    FROM {relation} JOIN wanted USING (key_id)
+                    FROM {relation} JOIN {table} USING (key_id)
                     WHERE {value} >= p95_ms
                 )
                 SELECT key_id, min(value) AS value
-                FROM tail JOIN sizes USING (key_id)
-                WHERE from_top <= n_values - ceil(level * n_values - 1e-9) + 1
+                FROM tail JOIN upper_places USING (key_id)
+                WHERE from_top <= place_from_top
                 GROUP BY key_id
             ) AS bound
             WHERE bound.key_id = target.key_id
