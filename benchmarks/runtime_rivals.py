@@ -24,7 +24,7 @@ Function = Callable[..., Any]
 
 
 def drawn_queries(table: lutest.LatencyTable) -> Queries:
-    """Keys in random order with prompt and output lengths as the runs have them, their entries, and lengths anywhere."""
+    """Keys in random order with prompt and output lengths as the runs have, their entries, and lengths anywhere."""
     chance = random.Random(1)
     held = [key for key in table.figures.keys if key.decode_curve is not None]
     drawn: Queries = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import duckdb
 from hypothesis import settings
 
-from lutest.reader.figures import Curve, Figures, Key, KeyColumn, KeyFigures, Quality, Summary, TotalRatios
+from lutest.reader.figures import Curve, Figures, KeyColumn, KeyFigures, Quality, Summary, TotalRatios
 from lutest.reader.names import SCHEMA_VERSION
 from lutest.tablefile.schema import STORAGE_VERSION, TABLES
 

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from lutest.builder.fit.prefill_curve import fit_prefill_curve
 
 KEYS = ["tier", "top_k", "num_blocks"]

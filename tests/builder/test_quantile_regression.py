@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from lutest.builder.fit.quantile_regression import isotonic, quantile_regression, weighted_quantile
 
 

@@ -9,8 +9,8 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
-
 from lutest.builder.fit.step_curve import fit_step_curve
+
 from lutest.builder.fit.step_recovery import identify, recover_step_curve
 
 KEYS = ["tier", "top_k", "num_blocks"]

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from lutest.builder.fit.prefill_curve import fit_prefill_curve
 from lutest.builder.fit.step_curve import fit_step_curve
 from lutest.builder.fit.total_calibration import Fold, calibrate_totals
+
 from lutest.reader.names import KEY_COLUMNS, quantile_column, quantile_suffix
 
 KEYS = list(KEY_COLUMNS)

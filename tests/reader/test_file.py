@@ -157,7 +157,7 @@ def test_a_null_correlation_of_the_median_is_none(path: Path) -> None:
 )
 def test_key_columns_are_checked(path: Path, columns: str) -> None:
     spoil(path, f"UPDATE meta SET value = '{columns}' WHERE key = 'key_columns'")
-    with pytest.raises(TableError, match="table meta: key_columns is .*, not one to eight columns"):
+    with pytest.raises(TableError, match=r"table meta: key_columns is .*, not one to eight columns"):
         read_figures(path)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import duckdb
 import pytest
+from lutest.tablefile.integrity import content_hash
 
 import lutest
 from lutest.builder.build import build
@@ -20,7 +21,6 @@ from lutest.cli.main import main
 from lutest.reader.errors import TableError
 from lutest.reader.names import SCHEMA_VERSION
 from lutest.reader.seal import write_seal
-from lutest.tablefile.integrity import content_hash
 from lutest.tablefile.verify import verify
 from tests.children import Outcome, loaded, run_child, verified
 from tests.conftest import Tally
