@@ -235,11 +235,13 @@ _YAML_VALUES = (
     "!!python/name:os.system", "!!null x", "!local x", "|\n  text", ">\n  text", "? [a]\n: b", "{? {a: b} : c}", "%TAG",
     "'; DROP TABLE runs; --", "'\"; DROP TABLE runs; --'", "\"f:'\"", "[prefill_ms, T_total]", "\t", "@", "`",
     "{<<: {a: 1}}", "iqr", "none", "s", "us", "1e-300", "1e300",
+    "tier", "[tier, top_k]", "[gpu, {n: category}]", "[model, {top_k: number}]", "{tier: number, num_blocks: null}",
+    "[[tier]]",
     "[" * 400 + "]" * 400, "{a: " * 400 + "}" * 400, "x" * 2000,
     "\u2028", "\x07",
 )  # fmt: skip
 _YAML_NAMES = (
-    "sources", "output", "columns", "time_unit", "quantiles", "kv_bins", "prompt_bins", "cleaning",
+    "sources", "output", "key", "columns", "time_unit", "quantiles", "cleaning", "key: {tier",
     "cleaning: {outliers", "source", '"a\\nb"', "1", "null", "<<", "? ", "!!int ''", "x" * 3000, "&a x", "[a]", "- a",
 )  # fmt: skip
 

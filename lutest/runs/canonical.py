@@ -208,7 +208,7 @@ def _value(name: str) -> str:
 def _key_value(column: KeyColumn) -> str:
     """Value of a key column as the file has it; NULL where it cannot be one."""
     if column.kind == "category":
-        return f"nullif({_text(column.name)}, '')"
+        return f"CASE WHEN lower({_text(column.name)}) NOT IN ('', 'nan') THEN {_text(column.name)} END"
     value = _value(column.name)
     whole = f" AND {value} = floor({value})" if column.type == "BIGINT" else ""
     return f"CASE WHEN abs({value}) <= {MAX_KEY!r}{whole} THEN ({value} + 0.0)::{column.type} END"  # no -0.0
@@ -257,6 +257,11 @@ def _verdicts(columns: dict[str, ColumnRule], key: Sequence[KeyColumn]) -> list[
         missing = f"{_text(name)} IS NULL OR {_text(name)} = ''"
         checks.append(_verdict(missing, "missing_value", literal(f"no {name}: wants {wanted(name)}")))
     axes = [column.name for column in key if column.kind == "number"]
+    checks += [
+        _verdict(f"lower({_text(name)}) = 'nan'", "missing_value", because(name, ", which is no name"))
+        for name in names
+        if name not in axes
+    ]
     for name in dict.fromkeys((*axes, *_NUMBERS)):
         value = _value(name)
         not_a_number = f"{_text(name)} IS NOT NULL AND {value} IS NULL"

@@ -89,6 +89,8 @@ _SUMMABLE = ("prompt_tokens", "output_tokens", "prefill_ms", "decode_ms", "total
 _OWN_NAMES = ("decode_steps_ms", "key_id", "timed", "clamped", "one_pass", "total_given", "step_positions", "run_hash")
 
 
+# the first of them on purpose, the others where a tag does not fit its value
+_BAD_YAML = (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -232,11 +234,10 @@ class _Loader(yaml.SafeLoader):
     """The safe loader, refusing keys that stand twice: one of the two would be lost without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names: set[object] = set()
-        for key, _ in node.value:
-            if key.value in names if isinstance(key, yaml.ScalarNode) else False:
-                raise yaml.YAMLError(f"`{_named(key.value)}` stands twice, in line {key.start_mark.line + 1}")
-            names.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise yaml.YAMLError(f"`{_named(name)}` stands twice, in line {node.start_mark.line + 1} and below")
         return super().construct_mapping(node, deep=deep)
 
 
@@ -259,7 +260,7 @@ def _read(path: Path) -> object:
 def _parse_yaml(text: str, where: str) -> object:
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _BAD_YAML as error:
         raise _fail(where, f"not valid YAML: {str(error) or type(error).__name__}") from error
 
 

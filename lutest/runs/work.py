@@ -65,7 +65,9 @@ def read_runs(
     _check_tools(connection, settings)
     missing = _missing(connection, settings, (*dict(settings.key), *_REQUIRED))
     if missing:
-        raise ConfigError(_without(connection, "no run", missing))
+        paths = [path for (path,) in connection.execute("SELECT path FROM source_files ORDER BY path").fetchall()]
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        raise ConfigError(_without(connection, f"{printable(paths[0])}{more}: no run", missing))
     return write_runs(connection, settings)
 
 
