@@ -52,6 +52,9 @@ class Level(NamedTuple):
     correlated: Any
 
 
+_NOTHING = ((1, 0.0, 0.0, 0.0, 0.0),)  # stands for the ratio where nothing is known of decode
+
+
 def flat_places(pieces: Sequence[KeyPieces], median: int) -> Places:
     """Where the pieces of all keys start."""
     curves = [by_length(held, median, median) for held in pieces]
@@ -60,27 +63,16 @@ def flat_places(pieces: Sequence[KeyPieces], median: int) -> Places:
     return Places(np.array(held, dtype=np.int64), np.array(out, dtype=np.int64))
 
 
-_NOTHING = ((1, 0.0, 0.0, 0.0, 0.0),)  # stands for the ratio where nothing is known of decode
-
-
 def flat_level(figures: Figures, pieces: Sequence[KeyPieces], i: int) -> Level:
     """The pieces of a table at its i-th quantile, as NumPy arrays."""
     median = figures.quantiles.index(0.5)
-    side = float((i > median) - (i < median))
     curves = [by_length(held, median, i) for held in pieces]
-    start, p50, slope, at_q, q_slope, sums, step, half = np.array([row for curve in curves for row in curve.held]).T
-    apart, apart_slope = side * (at_q - p50), side * (q_slope - slope)
-    begin, ratio, ratio_slope, spread, spread_slope = np.array(
-        [row for curve in curves for row in curve.out or _NOTHING]
-    ).T
+    held = np.array([row[1:] for curve in curves for row in curve.held]).T
+    out = np.array([row[1:] for curve in curves for row in curve.out or _NOTHING]).T
     own = np.array([held.prefill.quantiles_ms for held in figures.keys])
-    return Level(
-        *(p50 - start * slope, slope, apart - start * apart_slope, apart_slope),
-        *(sums - start * (step + half - half * start), step + half - 2.0 * half * start, half),
-        *(ratio - begin * ratio_slope, ratio_slope, spread - begin * spread_slope, spread_slope),
-        *(own[:, median].copy(), side * (own[:, i] - own[:, median])),
-        np.array([2.0 * held.correlations[i] for held in figures.keys]),
-    )
+    correlated = np.array([2.0 * held.correlations[i] for held in figures.keys])
+    columns = (*held, *out, own[:, median], abs(own[:, i] - own[:, median]), correlated)
+    return Level(*map(np.ascontiguousarray, columns))
 
 
 def prefill_at(level: Level, piece: Any, prompt: Any) -> tuple[Any, Any]:

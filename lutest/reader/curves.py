@@ -84,12 +84,12 @@ def key_pieces(figures: KeyFigures, median: int) -> KeyPieces:
 
 
 class ByLength(NamedTuple):
-    """What totals at one quantile are made of, by the tokens that are held and by the tokens that come out.
+    """What totals at one quantile are made of, piece by piece over the tokens that are held and those that come out.
 
-    Columns, each a value at the start of a piece, and its slope: of `held` start, P50 of prefill, its quantile, the sum
-    of the P50 steps up to there, and the P50 step with half its slope; of `out` start, the median ratio of decode to
-    the sum of its steps, and the distance of its quantile. `out` counts tokens, one more than steps, and is empty
-    where nothing is known of decode.
+    A row has the start of its piece, and then the coefficients over the length, from the constant one on. Of `held`: of
+    the P50 of prefill, of how far its quantile is from that, of the sum of the P50 steps up to there. Of `out`: of the
+    median ratio of decode to the sum of its steps, and of how far its quantile is from that; it counts tokens, one more
+    than steps, and is empty where nothing is known of decode.
     """
 
     held: tuple[tuple[int, float, float, float, float, float, float, float], ...]
@@ -98,22 +98,26 @@ class ByLength(NamedTuple):
 
 def by_length(pieces: KeyPieces, median: int, i: int) -> ByLength:
     """The pieces of a configuration side by side, for the i-th quantile."""
-    prefill, step, ratio = pieces
-    held = []
-    for x in sorted({*prefill.starts, *(step.starts if step else ())}):
-        j = bisect_right(prefill.starts, x) - 1
-        p50, at_q = (value_at(prefill, level, x) for level in (median, i))
-        before = after = half_slope = 0.0
+    (prefill, step, ratio), side = pieces, float((i > median) - (i < median))
+    held, out = [], []
+    for start in sorted({*prefill.starts, *(step.starts if step else ())}):
+        j = bisect_right(prefill.starts, start) - 1
+        p50, at_q = (_line(prefill, level, j) for level in (median, i))
+        sums = (0.0, 0.0, 0.0)
         if step is not None:
-            before, after = sum_to(step, median, x), value_at(step, median, x)
-            half_slope = 0.5 * step.slopes[median][bisect_right(step.starts, x) - 1]
-        slopes = prefill.slopes[median][j], prefill.slopes[i][j]
-        held.append((x, p50, slopes[0], at_q, slopes[1], before, after, half_slope))
-    if ratio is None:
-        return ByLength(tuple(held), ())
-    out, side = [], 1.0 if i > median else -1.0
-    for start, middle, slope, value, value_slope in zip(
-        ratio.starts, ratio.values[median], ratio.slopes[median], ratio.values[i], ratio.slopes[i], strict=True
-    ):
-        out.append((start + 1, middle, slope, side * (value - middle), side * (value_slope - slope)))
+            j = bisect_right(step.starts, start) - 1
+            at, value, half = step.starts[j], step.values[median][j], 0.5 * step.slopes[median][j]
+            # sum + d · value + half · d · (d + 1), d being the distance from the start of the piece
+            sums = (step.sums[j] - at * (value + half - half * at), value + half - 2.0 * half * at, half)
+        held.append((start, *p50, side * (at_q[0] - p50[0]), side * (at_q[1] - p50[1]), *sums))
+    for j, start in enumerate(ratio.starts if ratio else ()):
+        assert ratio is not None
+        middle, at_q = (_line(ratio, level, j, start + 1) for level in (median, i))
+        out.append((start + 1, *middle, side * (at_q[0] - middle[0]), side * (at_q[1] - middle[1])))
     return ByLength(tuple(held), tuple(out))
+
+
+def _line(pieces: Pieces, i: int, j: int, start: int | None = None) -> tuple[float, float]:
+    """Constant and slope of the j-th piece, which starts where it does or at `start`."""
+    slope = pieces.slopes[i][j]
+    return pieces.values[i][j] - slope * (pieces.starts[j] if start is None else start), slope

@@ -23,8 +23,8 @@ _FARTHEST = 2 * MAX_TOKENS
 _SECANTS = 8  # of the search for the most tokens, before it goes on by halves
 
 
-# Rows of `by_length` for held tokens, with place by length and starts; the same for tokens that come out; twice the
-# correlation of prefill and decode; the side of the median; median prompt length, own P50 and own quantile of prefill.
+# Rows of `by_length` for held tokens, the sums among them, and place by length; rows and place for tokens that come
+# out; twice the correlation of prefill and decode; the side of the median; the row that stands for no prompt given.
 _Level: TypeAlias = tuple[Any, ...]
 
 
@@ -57,11 +57,15 @@ class Entry(Unchanging):
         pieces, prefill = key_pieces(figures, median), figures.prefill.quantiles_ms
         step = figures.decode.quantiles_ms if figures.decode else None
         levels: dict[float, _Level] = {}
-        for i, q in enumerate(quantiles):
-            (held, starts, index), (out, out_starts, out_index) = map(_indexed, by_length(pieces, median, i))
-            sign, own = float((i > median) - (i < median)), (figures.prompt_tokens_p50, prefill[median], prefill[i])
-            correlated = 2.0 * figures.correlations[i]
-            levels[q] = (held, index, starts, out, out_index, out_starts, correlated, sign, own)
+        at, curves = figures.prompt_tokens_p50, [by_length(pieces, median, i) for i in range(len(quantiles))]
+        self._starts, index = _indexed(curves[0].held)
+        self._out_starts, out_index = _indexed(curves[0].out)
+        for i, (q, (held, out)) in enumerate(zip(quantiles, curves, strict=True)):
+            side = float((i > median) - (i < median))
+            sums = tuple(row[5:] for row in held)
+            own_prefill = prefill[median], 0.0, side * (prefill[i] - prefill[median]), 0.0
+            own = (at, *own_prefill, *held[bisect_right(self._starts, at) - 1][5:])
+            levels[q] = (held, sums, index, out, out_index, 2.0 * figures.correlations[i], side, own)
         self.key, self.n, self.source = figures.key, figures.prefill.n, figures.source
         self.key_columns = tuple(column.name for column in key_columns)
         self.prefill_p50_ms, self.prefill_p95_ms = prefill[median], prefill[tail]
@@ -69,6 +73,8 @@ class Entry(Unchanging):
         self.decode_step_p95_ms = step[tail] if step else None
         self._figures, self._quantiles, self._columns, self._lengths = figures, quantiles, key_columns, lengths or {}
         self._pieces, self._levels, self._own_prefill = pieces, levels, dict(zip(quantiles, prefill, strict=True))
+        curve = pieces.prefill
+        self._prefill = {q: (curve.starts, curve.values[i], curve.slopes[i]) for i, q in enumerate(quantiles)}
         self._made = True
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -105,12 +111,9 @@ class Entry(Unchanging):
             if prompt_tokens is None:
                 return self._own_prefill[q]
             if 0 <= prompt_tokens <= MAX_TOKENS:
-                rows, index, starts, _, _, _, _, _, _ = self._levels[q]
-                start, _, _, ms, slope, _, _, _ = rows[
-                    index[prompt_tokens] if prompt_tokens < _INDEXED else bisect_right(starts, whole(prompt_tokens)) - 1
-                ]
-                found: float = ms + (prompt_tokens - start) * slope
-                return found
+                starts, values, slopes = self._prefill[q]
+                j = bisect_right(starts, whole(prompt_tokens)) - 1
+                return values[j] + (prompt_tokens - starts[j]) * slopes[j]
         except (KeyError, TypeError):
             pass  # not allowed, or a whole number of another type
         prompt, _, level = self._checked(prompt_tokens, 1, q)
@@ -188,36 +191,24 @@ class Entry(Unchanging):
         the number of steps (see `lutest.builder.fit`).
         """
         try:
-            rows, index, starts, out_rows, out_index, out_starts, correlated, sign, own = self._levels[q]
+            rows, sums, index, out_rows, out_index, correlated, side, own = self._levels[q]
             prompt = own[0] if prompt_tokens is None else prompt_tokens
             # one comparison for: no negative prompt, no zero tokens, no wrapped-around NumPy integer, no NaN
             if 0 <= prompt < (end := prompt + output_tokens) <= _FARTHEST:
-                start, p50, p50_slope, at_q, q_slope, before, step, half_slope = rows[
-                    index[prompt] if prompt < _INDEXED else bisect_right(starts, prompt) - 1
-                ]
-                x = prompt - start
-                if prompt_tokens is None:
-                    _, p50, at_q = own
-                else:
-                    p50 += x * p50_slope
-                    at_q += x * q_slope
-                before += x * (step + half_slope * (x + 1.0))
                 end -= 1
-                start, _, _, _, _, steps_ms, step, half_slope = rows[
-                    index[end] if end < _INDEXED else bisect_right(starts, whole(end)) - 1  # refuses what is not whole
-                ]
-                x = end - start
-                steps_ms += x * (step + half_slope * (x + 1.0)) - before
-                start, ratio, ratio_slope, spread, spread_slope = out_rows[
-                    out_index[output_tokens]
-                    if output_tokens < _INDEXED
-                    else bisect_right(out_starts, output_tokens) - 1
-                ]
-                x = output_tokens - start
-                d = steps_ms * (spread + x * spread_slope)
-                a = sign * (at_q - p50)
-                ms: float = p50 + steps_ms * (ratio + x * ratio_slope) + sign * sqrt(d * d + a * (a + correlated * d))
-                return ms
+                if end < _INDEXED:  # and so are the others
+                    held, last, out = index[prompt], index[end], out_index[output_tokens]
+                else:
+                    held, last = bisect_right(self._starts, prompt) - 1, bisect_right(self._starts, whole(end)) - 1
+                    out = bisect_right(self._out_starts, output_tokens) - 1
+                _, p0, p1, a0, a1, b0, b1, b2 = own if prompt_tokens is None else rows[held]
+                e0, e1, e2 = sums[last]
+                _, r0, r1, d0, d1 = out_rows[out]
+                steps_ms = (e0 + end * (e1 + end * e2)) - (b0 + prompt * (b1 + prompt * b2))
+                a, d = a0 + prompt * a1, steps_ms * (d0 + output_tokens * d1)
+                middle = p0 + prompt * p1 + steps_ms * (r0 + output_tokens * r1)
+                total: float = middle + side * sqrt(d * d + a * (a + correlated * d))
+                return total
         except (IndexError, KeyError, TypeError):
             pass  # not allowed, or a whole number of another type, or nothing is known of decode
         prompt_tokens, n, q = self._checked(prompt_tokens, output_tokens, q)
@@ -362,9 +353,9 @@ class Entry(Unchanging):
         )
 
 
-def _indexed(rows: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int], Sequence[int]]:
-    """Rows of pieces, their starts, and length → place of its piece, for lengths below `_INDEXED`."""
+def _indexed(rows: Sequence[tuple[Any, ...]]) -> tuple[list[int], Sequence[int]]:
+    """Starts of pieces, and length → place of its piece, for lengths up to `_INDEXED`."""
     starts = [row[0] for row in rows]
-    ends = [min(start, _INDEXED) for start in (*starts[1:], _INDEXED)]
+    ends = [min(start, _INDEXED + 1) for start in (*starts[1:], _INDEXED + 1)]
     places = [j for j, end in enumerate(ends) for _ in range(end - (ends[j - 1] if j else 0))]
-    return rows, starts, bytes(places) if len(starts) <= 256 else tuple(places)
+    return starts, bytes(places) if len(starts) <= 256 else tuple(places)
