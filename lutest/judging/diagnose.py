@@ -6,24 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lutest.builder.clean import write_accepted_runs
-from lutest.judging.fencepost import PER_TOKEN_FIELDS, check_fencepost, check_kv_growth, check_per_token_fields
+from lutest.judging import decode_checks, run_checks
 from lutest.judging.finding import Finding
-from lutest.judging.run_checks import (
-    check_clock,
-    check_duplicates,
-    check_outliers,
-    check_rejected,
-    check_thin_keys,
-)
 from lutest.judging.step_regression import fit_steps, read_step_sample
-from lutest.judging.subtraction import check_clamped, check_short_outputs, check_unaccounted_time
-from lutest.judging.trend import check_trend
 from lutest.reader.errors import SourceError
 from lutest.runs.configuration import Config, resolve_config
 from lutest.runs.sources import Source, listed
 from lutest.runs.work import read_runs, work_database
-
-__all__ = ["Finding", "diagnose"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -58,7 +47,7 @@ def diagnose(
     """
     settings = resolve_config(config)
     with work_database() as connection:
-        read_runs(connection, listed(runs), settings, Path(), progress, extra_fields=PER_TOKEN_FIELDS)
+        read_runs(connection, listed(runs), settings, Path(), progress, extra_fields=decode_checks.PER_TOKEN_FIELDS)
         if not connection.execute("SELECT 1 FROM runs LIMIT 1").fetchone():
             raise SourceError("the sources hold no runs at all")
         # Outliers are looked for even where the configuration would keep them.
@@ -66,16 +55,16 @@ def diagnose(
         sample = read_step_sample(connection)
         fit = fit_steps(sample)
         return [
-            check_fencepost(sample, fit),
-            check_kv_growth(fit),
-            *check_per_token_fields(connection, settings.milliseconds),
-            check_clamped(connection),
-            check_short_outputs(connection, sample, fit),
-            check_unaccounted_time(connection),
-            check_duplicates(connection),
-            check_outliers(connection, settings.cleaning.k, kept),
-            check_trend(connection),
-            check_thin_keys(connection),
-            check_rejected(connection),
-            check_clock(connection),
+            decode_checks.check_fencepost(sample, fit),
+            decode_checks.check_kv_growth(fit),
+            *decode_checks.check_per_token_fields(connection, settings.milliseconds),
+            decode_checks.check_clamped(connection),
+            decode_checks.check_short_outputs(connection, sample, fit),
+            decode_checks.check_unaccounted_time(connection),
+            run_checks.check_duplicates(connection),
+            run_checks.check_outliers(connection, settings.cleaning.k, kept),
+            run_checks.check_trend(connection),
+            run_checks.check_thin_keys(connection),
+            run_checks.check_rejected(connection),
+            run_checks.check_clock(connection),
         ]

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-import math
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from lutest.builder.matched_runs import match_runs
 from lutest.judging import metrics
-from lutest.judging.provenance import provenance_warnings
+from lutest.judging.finding import plain
 from lutest.reader.figures import Key
 from lutest.reader.loading import load
-from lutest.reader.names import quantile_suffix
+from lutest.reader.names import quantile_suffix, quote
 from lutest.reader.table import LatencyTable
 from lutest.runs.configuration import Config
 from lutest.runs.sources import Source
 from lutest.runs.work import work_database
-
-__all__ = ["BANDS", "STAGES", "Evaluation", "Score", "evaluate"]
+from lutest.tablefile.sql import connect
 
 STAGES = ("prefill", "decode step", "decode total", "total")
 BANDS = ("1", "2", "3–5", "6–10", "11–20", "21–50", "51+")  # output tokens
 
 _BAND_ENDS = np.array([1, 2, 5, 10, 20, 50])  # of BANDS but the last
 MAX_STEPS = 2_000_000  # beyond them whole runs are picked by their hash, so that memory stays bounded
+LEAST_SHARE_KNOWN = 0.05  # of the table's extreme runs; fewer may meet by chance
+LEAST_SHARE_DISTINCT = 0.9  # below it the clock is so coarse that equal times say nothing
+_SAME_TIME = 1e-9  # relative: survives a change of unit
+_ADVICE = "these figures say how well the table fits its own runs, not what it predicts; judge it by runs it never saw"
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Columns = dict[str, NDArray[Any]]
 Progress = Callable[[str, int, int], None]
 
 
@@ -76,16 +80,11 @@ class Score:
 
     def as_dict(self, key_columns: Sequence[str]) -> dict[str, Any]:
         """Plain values, the configuration's under their names; None where a figure does not exist."""
-        named: dict[str, Any] = {
-            "stage": self.stage,
-            "n": self.n,
-            **{name: _or_none(getattr(self, name)) for name in ("r_squared", "mae_ms", "mape", "median_ape", "bias")},
-            "pinball_ms": {quantile_suffix(q): _or_none(value) for q, value in self.pinball_ms.items()},
-            "coverage": {quantile_suffix(q): _or_none(value) for q, value in self.coverage.items()},
-        }
-        if self.output_tokens is not None:
-            named = {"output_tokens": self.output_tokens, **named}
-        return {**dict(zip(key_columns, self.key or (), strict=False)), **named}
+        named = {**dict(zip(key_columns, self.key or (), strict=False)), **vars(self)}
+        for name in ("pinball_ms", "coverage"):
+            named[name] = {quantile_suffix(q): value for q, value in named[name].items()}
+        left_out = {"key"} if self.output_tokens else {"key", "output_tokens"}
+        return {name: plain(value) for name, value in named.items() if name not in left_out}
 
 
 @dataclass(frozen=True)
@@ -165,85 +164,57 @@ def evaluate(
     held = table if isinstance(table, LatencyTable) else load(table)
     with work_database() as connection:
         left_out = match_runs(connection, held, runs, config, progress)
-        judged = _judged_runs(connection)
-        n_runs = len(judged["key_id"])
-        observations, step_note = _observations(connection, held, judged)
-        warnings = provenance_warnings(connection, held)
-    if step_note:
-        warnings = (*warnings, step_note)
-    overall, by_band, by_key = _all_scores(held, observations)
-    n_clamped = int(judged["clamped"].sum())
-    return Evaluation(held.path, held.key_columns, n_runs, n_clamped, left_out, warnings, overall, by_band, by_key)
-
-
-def _judged_runs(connection: duckdb.DuckDBPyConnection) -> Columns:
-    return _columns(
-        connection,
-        """
-        SELECT key_id, prompt_tokens, output_tokens, prefill_ms, decode_ms, total_ms, clamped
-        FROM matched_runs
-        ORDER BY source_id, "row"
-        """,
+        judged = connection.execute(
+            """
+            SELECT key_id, prompt_tokens, output_tokens, prefill_ms, decode_ms, total_ms, clamped
+            FROM matched_runs
+            ORDER BY source_id, "row"
+            """
+        ).df()
+        with_decode = [i for i, key in enumerate(held.figures.keys) if key.decode_curve is not None]
+        steps, n_all_steps = _timed_steps(connection, with_decode)
+        warnings = list(_provenance_warnings(connection, held, judged))
+    if len(steps) < n_all_steps:
+        warnings.append(
+            f"decode steps are judged by {len(steps):,} of {n_all_steps:,}, whole runs picked by their hash"
+        )
+    one_token = judged["output_tokens"] < 2
+    has_decode = judged["key_id"].isin(with_decode)
+    of_run = ["key_id", "prompt_tokens", "output_tokens"]
+    overall, by_band, by_key = [], [], []
+    for stage, verb, rows, arguments in (
+        ("prefill", "prefill_ms", judged, of_run[:2]),
+        ("decode step", "decode_step_ms", steps, ["key_id", "kv_len"]),
+        ("decode total", "decode_ms", judged[~one_token & has_decode], of_run),
+        ("total", "total_ms", judged[one_token | has_decode], of_run),
+    ):
+        if rows.empty:
+            continue
+        given = [rows[name].to_numpy() for name in arguments]
+        predicted = {q: getattr(held.batch, verb)(*given, q) for q in held.quantiles}
+        score = partial(_score, stage, rows[verb].to_numpy(), predicted)
+        overall.append(score(np.arange(len(rows))))
+        bands = np.searchsorted(_BAND_ENDS, rows["output_tokens"])
+        by_band += [score(places, band=BANDS[band]) for band, places in _groups(bands)]
+        by_key += [score(places, key=held.keys[key_id]) for key_id, places in _groups(given[0])]
+    return Evaluation(
+        held.path,
+        held.key_columns,
+        len(judged),
+        int(judged["clamped"].sum()),
+        left_out,
+        tuple(warnings),
+        tuple(overall),
+        tuple(by_band),
+        tuple(by_key),
     )
 
 
-def _columns(connection: duckdb.DuckDBPyConnection, query: str) -> Columns:
-    return {name: np.asarray(values) for name, values in connection.execute(query).fetchnumpy().items()}
-
-
-@dataclass(frozen=True)
-class _Observations:
-    """Observed values of one stage, with what the table says of each, by quantile."""
-
-    key_id: Ints
-    output_tokens: Ints
-    observed: Floats
-    predicted: dict[float, Floats]
-
-
-def _observations(
-    connection: duckdb.DuckDBPyConnection, table: LatencyTable, runs: Columns
-) -> tuple[dict[str, _Observations], str]:
-    has_decode = np.array([key.decode_curve is not None for key in table.figures.keys])
-    several = runs["output_tokens"] >= 2
-    decodable = several & has_decode[runs["key_id"]]
-    batch = table.batch
-
-    def observe(part: Columns, value: str, predict: Callable[[float], Floats]) -> _Observations:
-        predicted = {q: predict(q) for q in table.quantiles}
-        return _Observations(part["key_id"], part["output_tokens"], part[value], predicted)
-
-    def only(chosen: NDArray[np.bool_]) -> Columns:
-        return {name: values[chosen] for name, values in runs.items()}
-
-    decoded, whole = only(decodable), only(decodable | ~several)
-    steps, n_all_steps = _timed_steps(connection, has_decode)
-    found = {
-        "prefill": observe(runs, "prefill_ms", lambda q: batch.prefill_ms(runs["key_id"], runs["prompt_tokens"], q)),
-        "decode step": observe(steps, "step_ms", lambda q: batch.decode_step_ms(steps["key_id"], steps["kv_len"], q)),
-        "decode total": observe(
-            decoded,
-            "decode_ms",
-            lambda q: batch.decode_ms(decoded["key_id"], decoded["prompt_tokens"], decoded["output_tokens"], q),
-        ),
-        "total": observe(
-            whole,
-            "total_ms",
-            lambda q: batch.total_ms(whole["key_id"], whole["prompt_tokens"], whole["output_tokens"], q),
-        ),
-    }
-    n_steps = len(steps["key_id"])
-    note = f"decode steps are judged by {n_steps:,} of {n_all_steps:,}, whole runs picked by their hash"
-    return found, note if n_steps < n_all_steps else ""
-
-
-def _timed_steps(connection: duckdb.DuckDBPyConnection, has_decode: NDArray[np.bool_]) -> tuple[Columns, int]:
+def _timed_steps(connection: duckdb.DuckDBPyConnection, with_decode: Sequence[int]) -> tuple[pd.DataFrame, int]:
     """Timed steps of configurations with decode figures, bounded, and how many there are in all."""
-    ids = [int(number) for number in np.flatnonzero(has_decode)]
-    timed = f"timed AND list_contains({ids}::BIGINT[], key_id)"
-    total = connection.execute(f"SELECT sum(len(decode_steps_ms)) FROM matched_runs WHERE {timed}").fetchone()
-    steps = _columns(
-        connection,
+    timed = f"timed AND list_contains({list(with_decode)}::BIGINT[], key_id)"
+    (total,) = connection.execute(f"SELECT sum(len(decode_steps_ms)) FROM matched_runs WHERE {timed}").fetchall()
+    steps = connection.execute(
         f"""
         WITH chosen AS (
             SELECT *
@@ -254,60 +225,113 @@ def _timed_steps(connection: duckdb.DuckDBPyConnection, has_decode: NDArray[np.b
         ),
         unnested AS (
             SELECT
-                key_id, output_tokens, prompt_tokens, run_hash, source_id, "row",
-                unnest(decode_steps_ms) AS step_ms,
+                key_id, output_tokens, prompt_tokens, source_id, "row",
+                unnest(decode_steps_ms) AS decode_step_ms,
                 unnest(coalesce(step_positions, range(1, len(decode_steps_ms) + 1)::INTEGER[])) AS position
             FROM chosen
         )
-        SELECT key_id, output_tokens, prompt_tokens + position AS kv_len, step_ms
+        SELECT key_id, output_tokens, prompt_tokens + position AS kv_len, decode_step_ms
         FROM unnested
-        ORDER BY source_id, "row", position, step_ms
-        """,
-    )
-    return steps, int(total[0]) if total is not None and total[0] is not None else 0
+        ORDER BY source_id, "row", position, decode_step_ms
+        """
+    ).df()
+    return steps, int(total[0] or 0)
 
 
-def _all_scores(
-    table: LatencyTable, observations: Mapping[str, _Observations]
-) -> tuple[tuple[Score, ...], tuple[Score, ...], tuple[Score, ...]]:
-    overall: list[Score] = []
-    by_band: list[Score] = []
-    by_key: list[Score] = []
-    for stage, held in observations.items():
-        everything = np.arange(len(held.key_id))
-        if not len(everything):
-            continue
-        overall.append(_score(stage, held, everything))
-        bands = np.searchsorted(_BAND_ENDS, held.output_tokens)
-        by_band += [_score(stage, held, rows, band=BANDS[place]) for place, rows in _groups(bands)]
-        by_key += [_score(stage, held, rows, key=table.keys[place]) for place, rows in _groups(held.key_id)]
-    return tuple(overall), tuple(by_band), tuple(by_key)
+def _groups(numbers: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
+    """Each number that occurs, increasing, and the places where it does."""
+    return sorted(pd.Series(numbers).groupby(numbers).indices.items())
 
 
-def _groups(numbers: Ints) -> list[tuple[int, Ints]]:
-    """Each number that occurs, increasing, and the rows where it does."""
-    order = np.argsort(numbers, kind="stable")
-    found, starts = np.unique(numbers[order], return_index=True)
-    return list(zip(map(int, found), np.split(order, starts[1:]), strict=True))
-
-
-def _score(stage: str, held: _Observations, rows: Ints, key: Key | None = None, band: str | None = None) -> Score:
-    observed = held.observed[rows]
-    median = held.predicted[0.5][rows]
+def _score(
+    stage: str,
+    observed: Floats,
+    predicted: Mapping[float, Floats],
+    places: NDArray[np.int64],
+    *,
+    key: Key | None = None,
+    band: str | None = None,
+) -> Score:
+    value, median = observed[places], predicted[0.5][places]
     return Score(
         stage=stage,
         key=key,
         output_tokens=band,
-        n=len(rows),
-        r_squared=metrics.r_squared(observed, median),
-        mae_ms=metrics.mean_absolute_error(observed, median),
-        mape=metrics.mape(observed, median),
-        median_ape=metrics.median_ape(observed, median),
-        bias=metrics.median_bias(observed, median),
-        pinball_ms={q: metrics.pinball_loss(observed, values[rows], q) for q, values in held.predicted.items()},
-        coverage={q: metrics.coverage(observed, values[rows]) for q, values in held.predicted.items()},
+        n=len(places),
+        r_squared=metrics.r_squared(value, median),
+        mae_ms=metrics.mean_absolute_error(value, median),
+        mape=metrics.mape(value, median),
+        median_ape=metrics.median_ape(value, median),
+        bias=metrics.median_bias(value, median),
+        pinball_ms={q: metrics.pinball_loss(value, estimate[places], q) for q, estimate in predicted.items()},
+        coverage={q: metrics.coverage(value, estimate[places]) for q, estimate in predicted.items()},
     )
 
 
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _provenance_warnings(
+    connection: duckdb.DuckDBPyConnection, table: LatencyTable, judged: pd.DataFrame
+) -> Iterator[str]:
+    """Warn of runs that do not test a table, one sentence each.
+
+    Notes
+    -----
+    Two traces of the table's own runs are looked for: sources with the same SHA-256, and, since runs may have been
+    converted since, the least and the largest prefill of each configuration, which the file keeps. Of runs that are
+    measured anew none meets such a value but by chance.
+    """
+    held = _built_from(table)
+    if held is None:
+        yield "whether the table was built from these very runs is not known: its file is not at hand, or has changed"
+    else:
+        digests, extremes = held
+        sources = connection.execute(
+            "SELECT sha256, count(*) FROM matched_runs JOIN source_files USING (source_id) GROUP BY sha256"
+        ).fetchall()
+        same = sum(n for digest, n in sources if digest in digests)
+        share = _share_known(judged, extremes)
+        if same:
+            yield (
+                f"{same:,} of {len(judged):,} runs come from files that the table was built from (same SHA-256): "
+                f"{_ADVICE}"
+            )
+        elif share >= LEAST_SHARE_KNOWN:
+            yield (
+                f"the table was built from some of these very runs: of the extreme prefill times it was built from, "
+                f"{share:.0%} stand among them: {_ADVICE}"
+            )
+    for name in ("device", "model"):
+        known = set(json.loads(table.meta.get(name, "[]")))
+        rows = connection.execute(f"SELECT DISTINCT {name} FROM matched_runs WHERE {name} IS NOT NULL ORDER BY 1")
+        strange = [value for (value,) in rows.fetchall() if value not in known]
+        if known and strange:
+            yield (
+                f"the runs come from another {name} ({'; '.join(strange[:3])}) than the table "
+                f"({'; '.join(sorted(known))})"
+            )
+
+
+def _built_from(table: LatencyTable) -> tuple[set[str], list[tuple[int, float]]] | None:
+    """SHA-256 of the sources, and (key_id, least or largest prefill) of each configuration."""
+    if not table.path or not Path(table.path).is_file():
+        return None
+    with connect(table.path) as file:
+        content = file.execute("SELECT value FROM meta WHERE key = 'content_hash'").fetchone()
+        if content is None or content[0] != table.meta.get("content_hash"):
+            return None
+        digests = {digest for (digest,) in file.execute("SELECT sha256 FROM sources").fetchall()}
+        columns = ", ".join(map(quote, table.key_columns))
+        rows = file.execute(f"SELECT min_ms, max_ms, {columns} FROM prefill").fetchall()
+    numbers = {key: number for number, key in enumerate(table.keys)}
+    return digests, [(numbers[tuple(key)], value) for low, high, *key in rows for value in {low, high}]
+
+
+def _share_known(judged: pd.DataFrame, extremes: Sequence[tuple[int, float]]) -> float:
+    """Share of the extreme times, of configurations that the runs have, that stand among theirs."""
+    by_key = judged.groupby("key_id")["prefill_ms"]
+    if by_key.nunique().sum() < LEAST_SHARE_DISTINCT * len(judged):
+        return 0.0
+    times = dict(list(by_key))
+    met = [
+        bool(((times[key_id] / value - 1).abs() < _SAME_TIME).any()) for key_id, value in extremes if key_id in times
+    ]
+    return float(np.mean(met))

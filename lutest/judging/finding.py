@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
-__all__ = ["SEVERITIES", "Finding", "Severity", "brief_ms", "count", "graded", "percent"]
+import duckdb
 
 Severity = Literal["ok", "note", "warning"]
 SEVERITIES: tuple[Severity, ...] = ("ok", "note", "warning")
@@ -32,16 +33,29 @@ class Finding:
     name: str
     severity: Severity
     sentence: str
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
-        return {
-            "name": self.name,
-            "severity": self.severity,
-            "sentence": self.sentence,
-            "figures": _plain(self.figures),
-        }
+        return {name: plain(value) for name, value in vars(self).items()}
+
+
+def plain(value: Any) -> Any:
+    """The value in types that JSON has: None for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float | Decimal):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def records(connection: duckdb.DuckDBPyConnection, query: str) -> list[dict[str, Any]]:
+    """Rows of a query, by column."""
+    cursor = connection.execute(query)
+    names = [column[0] for column in cursor.description or ()]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
 
 def count(number: int, noun: str) -> str:
@@ -70,13 +84,3 @@ def brief_ms(value: float) -> str:
     """Milliseconds without the unit, three digits: 34.5, 46, 1234."""
     text = f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return text if "e" in text else text.replace("-", "−")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return value

@@ -5,16 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = [
-    "coverage",
-    "mape",
-    "mean_absolute_error",
-    "median_ape",
-    "median_bias",
-    "pinball_loss",
-    "r_squared",
-]
-
 Floats = NDArray[np.float64]
 
 
@@ -51,9 +41,7 @@ def coverage(observed: ArrayLike, predicted: ArrayLike) -> float:
 def r_squared(observed: ArrayLike, predicted: ArrayLike) -> float:
     """Share of the variance explained; NaN where the observations are all equal."""
     value, estimate = _paired(observed, predicted)
-    if value.size == 0:
-        return float("nan")
-    spread = float(np.sum((value - value.mean()) ** 2))
+    spread = float(np.sum((value - _mean(value)) ** 2))
     return 1.0 - float(np.sum((value - estimate) ** 2)) / spread if spread > 0 else float("nan")
 
 

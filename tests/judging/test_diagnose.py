@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from lutest.cli.judging import render_findings
-from lutest.judging.diagnose import Finding, diagnose
+from lutest.judging.diagnose import diagnose
+from lutest.judging.finding import Finding
 from lutest.reader.errors import SourceError
 from tests.runs_frame import BOTH_KEYS, constant_step_runs, keyed, noisy_runs
 
