@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import duckdb
+if TYPE_CHECKING:
+    import duckdb
 
 Severity = Literal["ok", "note", "warning"]
 SEVERITIES: tuple[Severity, ...] = ("ok", "note", "warning")
