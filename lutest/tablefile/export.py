@@ -16,7 +16,7 @@ from lutest.reader.file import EXPORT_ENDING, EXPORT_FORMAT, EXPORT_VERSION, rea
 from lutest.reader.names import literal, quote
 from lutest.tablefile.schema import TABLES
 from lutest.tablefile.sql import connect
-from lutest.tablefile.store import locked, replacing
+from lutest.tablefile.store import replaceable, replacing
 
 if TYPE_CHECKING:
     import duckdb
@@ -107,8 +107,9 @@ def _failures(path: Path, target: Path) -> Iterator[None]:
 
 def _write_json(path: Path, target: Path, queries: Mapping[str, str]) -> ExportSummary:
     rows = {}
+    replaced = replaceable(target, [path], "export")
+    replaced.parent.mkdir(parents=True, exist_ok=True)
     with (
-        locked(target, [path], "export") as replaced,
         replacing(replaced) as temporary,
         connect(path) as connection,
         temporary.open("x", encoding="utf-8") as file,

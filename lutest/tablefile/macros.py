@@ -94,7 +94,7 @@ class _Sql:
             ("VIEW", "ratio_segments", ratio, f"Segments of decode_total: {held}"),
             ("VIEW", "key_figures", self._key_figures(), "Median prompt length and correlations per configuration"),
             ("VIEW", "key_values", self._key_values(), "The values of each configuration, a row each"),
-            ("VIEW", "length_shares", _LENGTH_SHARES, "Share of runs per output length; no workload: all together"),
+            ("VIEW", "lengths", _LENGTHS, "Runs per output length; no workload: all together"),
             ("VIEW", "configs", self._configs(), "One wide row per configuration"),
         ]
 
@@ -253,11 +253,11 @@ class _Sql:
         return f"SELECT {total} FROM ({_select(parts)} FROM {x} {self._known('k', 'p', 'a', 'b', 'r')}) AS t"
 
     def _over_lengths(self, **asked: str) -> str:
-        """A row per output length, ``w``: its share, what was asked, and totals at the levels, which do not fall."""
+        """A row per output length, ``w``: its runs, what was asked, and totals at the levels, which do not fall."""
         x = self._asked(prompt="prompt_tokens", of_workload="workload", **asked)
         parts = {
             **{name: f"x.{name}" for name in asked},
-            "share": "l.share",
+            "n_runs": "l.n_runs",
             "tokens": "l.tokens",
             "steps_ms": self._steps_ms("l.tokens"),
         }
@@ -268,20 +268,23 @@ class _Sql:
             parts[f"correlation_{s}"] = f"k.{s}_correlation"
             total = _total(f"prefill_{s}", f"ratio_{s}", f"correlation_{s}", "1" if q >= 0.5 else "-1")
             totals[f"{s}_ms"] = f"greatest({', '.join([*totals.values(), total])})" if totals else total
-        lengths = "JOIN length_shares AS l ON l.of_workload IS NOT DISTINCT FROM x.of_workload"
+        lengths = "JOIN lengths AS l ON l.of_workload IS NOT DISTINCT FROM x.of_workload"
         known = self._known("k", "p", "a", "b", "r", tokens="l.tokens")
-        held = {name: f"t.{name}" for name in (*asked, "share", "tokens")}
-        return f"({_select({**held, **totals})} FROM ({_select(parts)} FROM {x} {lengths} {known}) AS t) AS w"
+        held = {name: f"t.{name}" for name in (*asked, "n_runs", "tokens")}
+        # grouped, each length by itself, so that DuckDB works the parts out once and not wherever they stand
+        grouped = {name: f"any_value({value})" for name, value in parts.items()}
+        rows = f"{_select(grouped)} FROM {x} {lengths} {known} GROUP BY l.tokens"
+        return f"({_select({**held, **totals})} FROM ({rows}) AS t) AS w"
 
     def _mean(self, value: str, rows: str) -> str:
-        """Mean of a value over rows with a share; NULL where one of them is."""
+        """Mean of a value over the runs of rows; NULL where one of them is."""
         missing = "'the table holds no output lengths of workload ' || coalesce(workload, 'any')"
         return f"""
             SELECT CASE
                 WHEN count(*) = 0 THEN error({missing})
-                WHEN count(m.value) = count(*) THEN sum(m.share * m.value)
+                WHEN count(m.value) = count(*) THEN sum(m.n_runs * m.value) / sum(m.n_runs)
             END
-            FROM (SELECT w.share, {value} AS value FROM {rows}) AS m
+            FROM (SELECT w.n_runs, {value} AS value FROM {rows}) AS m
         """
 
     def _p_within(self) -> str:
@@ -294,11 +297,11 @@ class _Sql:
                     CASE
                         WHEN w.{low}_ms < w.{high}_ms THEN {low_score!r} + (w.budget - w.{low}_ms) * {slope}
                         WHEN w.budget < w.{low}_ms THEN {-2 * levels.outermost!r}
-                        ELSE {levels.outermost!r}
+                        WHEN w.budget >= w.{low}_ms THEN {levels.outermost!r}
                     END""")
         totals = self._over_lengths(budget="budget_ms")
-        # grouped, each length by itself, so that DuckDB works the score out once and not wherever it stands
-        score = f"any_value(w.share) AS share, any_value(CASE {''.join(lines)} END) AS score"
+        # grouped for the same reason
+        score = f"any_value(w.n_runs) AS n_runs, any_value(CASE {''.join(lines)} END) AS score"
         scores = f"(SELECT {score} FROM {totals} GROUP BY w.tokens) AS w"
         within = f"""
             CASE
@@ -354,24 +357,23 @@ class _Sql:
         name_one = literal(", of which name one, as in MAP {'users': MAP {1: 150}}")
         matches = "CASE WHEN v.number IS NULL THEN v.value = g.value ELSE v.number = TRY_CAST(g.value AS DOUBLE) END"
         return f"""(prompt_tokens, prompt_tokens_by) AS TABLE
-            WITH entries AS (
-                SELECT unnest(map_entries(CAST(prompt_tokens_by AS MAP(VARCHAR, VARCHAR)))) AS pair
-            ),
-            nested AS (
-                SELECT e.pair.key AS of_column, TRY_CAST(e.pair.value AS MAP(VARCHAR, VARCHAR)) AS pairs
-                FROM entries AS e
+            WITH by_column AS (
+                SELECT unnest(map_entries(TRY_CAST(prompt_tokens_by AS MAP(VARCHAR, MAP(VARCHAR, VARCHAR))))) AS pair
             ),
             given AS (
-                SELECT NULL AS of_column, e.pair.key AS value, e.pair.value AS tokens FROM entries AS e
-                WHERE TRY_CAST(e.pair.value AS MAP(VARCHAR, VARCHAR)) IS NULL
+                SELECT b.name, b.pair.key AS value, b.pair.value AS tokens
+                FROM (SELECT c.pair.key AS name, unnest(map_entries(c.pair.value)) AS pair FROM by_column AS c) AS b
                 UNION ALL
-                SELECT u.of_column, u.pair.key, u.pair.value
-                FROM (SELECT n.of_column, unnest(map_entries(n.pairs)) AS pair FROM nested AS n) AS u
+                SELECT NULL, d.pair.key, d.pair.value
+                FROM (SELECT unnest(map_entries(CAST(prompt_tokens_by AS MAP(VARCHAR, VARCHAR)))) AS pair) AS d
+                WHERE NOT EXISTS (SELECT 1 FROM by_column AS c WHERE c.pair.value IS NOT NULL)
             ),
             found AS (
                 SELECT
-                    count(DISTINCT v.place) AS n, min(v.place) AS place, string_agg(DISTINCT v.name, ' and ') AS names
-                FROM key_values AS v JOIN given AS g ON {matches} AND coalesce(g.of_column, v.name) = v.name
+                    count(DISTINCT v.place) AS n,
+                    min(v.place) AS place,
+                    string_agg(DISTINCT v.name, ' and ' ORDER BY v.name) AS names
+                FROM key_values AS v JOIN given AS g ON {matches} AND coalesce(g.name, v.name) = v.name
             )
             SELECT
                 {self.numbered("v")},
@@ -433,8 +435,11 @@ class _Sql:
             SELECT f.*, s.accuracy, s.workload
             FROM {feasible} AS f
             CROSS JOIN (
-                SELECT count(DISTINCT w.workload) AS n, string_agg(DISTINCT w.workload, ', ') AS names,
-                    coalesce(workload, min(w.workload)) AS chosen, bool_or(w.workload = workload) AS held
+                SELECT
+                    count(DISTINCT w.workload) AS n,
+                    string_agg(DISTINCT w.workload, ', ' ORDER BY w.workload) AS names,
+                    coalesce(workload, min(w.workload)) AS chosen,
+                    bool_or(w.workload = workload) AS held
                 FROM quality AS w
             ) AS v
             LEFT JOIN quality AS s
@@ -488,13 +493,10 @@ def _total(prefill_q: str, ratio_q: str, correlation: str, sign: str) -> str:
     """
 
 
-_LENGTH_SHARES = """ AS
-    SELECT o.workload AS of_workload, o.output_tokens AS tokens, o.n / sum(o.n) OVER (PARTITION BY o.workload) AS share
-    FROM output_length AS o
+_LENGTHS = """ AS
+    SELECT o.workload AS of_workload, o.output_tokens AS tokens, o.n AS n_runs FROM output_length AS o
     UNION ALL
-    SELECT NULL, o.output_tokens, sum(o.n) / (SELECT sum(a.n) FROM output_length AS a)
-    FROM output_length AS o
-    GROUP BY o.output_tokens
+    SELECT NULL, o.output_tokens, sum(o.n) FROM output_length AS o GROUP BY o.output_tokens
 """
 
 

@@ -26,7 +26,7 @@ from lutest.tablefile.schema import STORAGE_VERSION, TABLES, Table, stored_key_c
 from lutest.tablefile.sql import connect
 from lutest.tablefile.verify import content_hash, parent_schema, row_counts
 
-__all__ = ["RUNS_MARK", "held_lock", "locked", "replacing", "synced", "temporary_path", "write_table"]
+__all__ = ["RUNS_MARK", "held_lock", "locked", "replaceable", "replacing", "synced", "temporary_path", "write_table"]
 
 RUNS_MARK = "KV_METADATA {lutest: 'runs'}"  # option of COPY, by which a Parquet file is known as one of convert's
 _BLOCK_SIZE = 16_384  # small tables: the default of 256 KiB a block would be mostly air
@@ -41,21 +41,16 @@ def locked(output: Path, sources: Iterable[Path] = (), kind: str = "table") -> I
 
     Parameters
     ----------
-    output : Path
-        Where a file comes to stand.
-    sources : iterable of Path
-        The files that it is made from, none of which it may replace.
-    kind : {"table", "runs", "export"}
-        What comes to stand there: a table, runs in Parquet written with `RUNS_MARK`, or an export. Only the like of it
-        is replaced.
+    output, sources, kind
+        As in `replaceable`.
 
     Raises
     ------
     BuildError
-        Something else stands there or cannot, its folder cannot be written, another build holds the lock, or another
-        program has changes of the old table still to write.
+        As `replaceable`; its folder cannot be written, another build holds the lock, or another program has changes of
+        the old table still to write.
     """
-    target = _target(output, _KINDS[kind], sources)
+    target = replaceable(output, sources, kind)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,7 +90,7 @@ class _Kind(NamedTuple):
 
 _KINDS = {
     "table": _Kind("a lutest table", "table.duckdb", _is_table),
-    "runs": _Kind("runs that `lutest convert` wrote", "runs.parquet", _is_runs),
+    "runs": _Kind("a file of runs that `lutest convert` wrote", "runs.parquet", _is_runs),
     "export": _Kind("an export of a lutest table", "table.json", _is_export),
 }
 
@@ -129,21 +124,38 @@ def _described(path: Path) -> str:
     return "a JSON file" if start.lstrip()[:1] in (b"{", b"[") else "a text file"
 
 
-def _target(output: Path, kind: _Kind, sources: Iterable[Path]) -> Path:
-    """The file behind an output path, after refusing what may not be replaced."""
+def replaceable(output: Path, sources: Iterable[Path], kind: str) -> Path:
+    """The file behind an output path, a link being followed; after refusing to replace what must not be.
+
+    Parameters
+    ----------
+    output : Path
+        Where a file comes to stand.
+    sources : iterable of Path
+        The files that it is made from, none of which it may replace.
+    kind : {"table", "runs", "export"}
+        What comes to stand there: a table, runs in Parquet written with `RUNS_MARK`, or an export. Only the like of it
+        is replaced.
+
+    Raises
+    ------
+    BuildError
+        Something else stands there, or it is a path that no file can have.
+    """
+    name, example, is_one = _KINDS[kind]
     if output.name.endswith((TEMPORARY_ENDING, *LOG_ENDINGS)):
-        raise BuildError(f"{output}: the name of a temporary file; name {kind.name}, such as {kind.example}")
+        raise BuildError(f"{output}: the name of a temporary file; name another one, such as {example}")
     try:
         status = output.stat()
         if stat.S_ISDIR(status.st_mode):
-            raise BuildError(f"{output}: is a folder; name a file, such as {output / kind.example}")
+            raise BuildError(f"{output}: is a folder; name a file, such as {output / example}")
         if not stat.S_ISREG(status.st_mode):
             raise BuildError(f"{output}: is not a regular file, so nothing can take its place")
         if any(os.path.samefile(source, output) for source in sources if source.exists()):
             raise BuildError(f"{output}: is one of the sources; name another output")
-        if status.st_size and not kind.is_one(output):
+        if status.st_size and not is_one(output):
             raise BuildError(
-                f"{output}: {_described(output)} stands there, not {kind.name}; name another output, or move it away"
+                f"{output}: {_described(output)} stands there, not {name}; name another output, or move it away"
             )
     except FileNotFoundError:
         pass

@@ -24,6 +24,7 @@ from tests.reading import Seen, read_until
 from tests.runs_frame import noisy_runs
 
 KEYS = (("low", 4, 12), ("high", 8, 16))
+LOCK = ".table.duckdb.lutest-lock"
 # new interpreters, as those of training jobs are
 CONTEXT = multiprocessing.get_context("spawn")
 
@@ -101,7 +102,7 @@ def test_two_builds_at_once(tmp_path: Path, long: bool, tally: Tally) -> None:
         assert built
         assert all("locked, another build is writing it" in detail for fate, detail in results if fate == "refused")
         assert verify(path).content_hash in built
-        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["0.jsonl", "1.jsonl", "table.duckdb"]
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == [LOCK, "0.jsonl", "1.jsonl", "table.duckdb"]
         counts.update({"lost": -1, "survived": 1, "refused as locked": 2 - len(built)})
 
 
@@ -121,7 +122,7 @@ def test_a_build_within_a_build_is_refused(tmp_path: Path) -> None:
     summary = build({}, runs=runs, output=path, progress=build_another)
     assert refusals
     assert verify(path).content_hash == summary.content_hash
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link.duckdb", "runs.jsonl", "table.duckdb"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [LOCK, "link.duckdb", "runs.jsonl", "table.duckdb"]
 
 
 def test_a_file_system_without_locks_still_gets_whole_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import duckdb
 import pytest
-from lutest.tablefile.integrity import content_hash
 
 import lutest
 from lutest.builder.build import build
@@ -21,7 +20,7 @@ from lutest.cli.main import main
 from lutest.reader.errors import TableError
 from lutest.reader.names import SCHEMA_VERSION
 from lutest.reader.seal import write_seal
-from lutest.tablefile.verify import verify
+from lutest.tablefile.verify import content_hash, verify
 from tests.children import Outcome, loaded, run_child, verified
 from tests.conftest import Tally
 from tests.runs_frame import noisy_runs
@@ -83,7 +82,7 @@ def test_damage_is_detected_or_harmless(
     verifying = Counter(tries=0, detected=0, harmless=0, lost=0)
     loading = Counter(verifying)
     name = damage.__name__.strip("_").replace("_", " ")
-    tally[f"{name}: load(verify=True)"] = verifying
+    tally[f"{name}: verify()"] = verifying
     tally[f"{name}: load()"] = loading
     for _ in range(long_tries if long else tries):
         content = bytearray(whole.read_bytes())
@@ -130,7 +129,7 @@ def test_changes_by_sql_are_detected(change: str, copy: Path) -> None:
         verify(copy)
         return
     with pytest.raises(TableError, match="content hash"):
-        lutest.load(copy, verify=True)
+        verify(copy)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +208,7 @@ def test_the_seal_leaves_the_file_to_duckdb(copy: Path) -> None:
 
 def test_verify_says_what_it_checked(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verification = verify(whole)
-    table = lutest.load(whole, verify=True)
+    table = lutest.load(whole)
     assert verification.content_hash == table.meta["content_hash"]
     assert verification.rows["prefill"] == len(table.keys) == 3
     assert verification.size_bytes == whole.stat().st_size
@@ -241,7 +240,7 @@ def test_verify_of_a_damaged_table_is_one_line(copy: Path, capsys: pytest.Captur
 
 def test_verify_needs_neither_pandas_nor_scipy(whole: Path) -> None:
     code = (
-        "import sys, lutest; lutest.load(sys.argv[1], verify=True); "
+        "import sys, lutest; lutest.verify(sys.argv[1]); "
         "print([name for name in ('pandas', 'scipy') if name in sys.modules])"
     )
     command = [sys.executable, "-c", code, str(whole)]
