@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from lutest.profile.recorder import Recorder
 from lutest.reader.errors import ArgumentError
 from lutest.reader.figures import Key
 
-__all__ = ["record_generate"]
-
-
-class _Module(Protocol):
-    """What is needed of a torch module."""
-
-    def register_forward_pre_hook(self, hook: Callable[..., None]) -> Any:
-        """Call something before every forward pass."""
-
-    def register_forward_hook(self, hook: Callable[..., None]) -> Any:
-        """Call something after every forward pass."""
-
-
-class _Generator(_Module, Protocol):
-    """What is needed of a model."""
-
-    def generate(self, **arguments: Any) -> Any:
-        """Generate tokens."""
-
 
 def record_generate(
     recorder: Recorder,
     key: Key,
-    model: _Generator,
+    model: Any,
     *,
-    vision_tower: _Module | None = None,
+    vision_tower: Any = None,
     prompt_tokens: int | None = None,
     vision_tokens: int | None = None,
     sample_id: int | None = None,
@@ -121,7 +101,7 @@ def record_generate(
     return output
 
 
-def _end_tokens(model: _Generator, arguments: dict[str, Any]) -> list[int]:
+def _end_tokens(model: Any, arguments: dict[str, Any]) -> list[int]:
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     given = arguments.get("eos_token_id", configured)
     if given is None:

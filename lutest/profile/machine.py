@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import platform
@@ -12,11 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lutest.reader.errors import ArgumentError
-
-__all__ = ["SYNCHRONIZATIONS", "Clock", "clock_record", "cpu_name", "device_name", "make_clock", "software"]
-
-SYNCHRONIZATIONS = ("none", "synchronize", "events")
-_PACKAGES = ("torch", "transformers", "vllm")
 
 
 class Clock(Protocol):
@@ -44,11 +40,10 @@ class _SynchronizedClock(_HostClock):
 
     def __init__(self) -> None:
         synchronize = _cuda().synchronize
-        read = time.perf_counter_ns
 
         def mark() -> int:
             synchronize()
-            return read()
+            return time.perf_counter_ns()
 
         self.mark = mark
 
@@ -83,11 +78,10 @@ def make_clock(synchronization: str) -> Clock:
     ArgumentError
         Another name, or there is no torch with a CUDA device.
     """
-    if synchronization not in SYNCHRONIZATIONS:
-        raise ArgumentError(f"synchronization is {synchronization!r}; it can be {', '.join(SYNCHRONIZATIONS)}")
-    if synchronization == "synchronize":
-        return _SynchronizedClock()
-    return _HostClock() if synchronization == "none" else _EventClock()
+    clocks: dict[str, type[Clock]] = {"none": _HostClock, "synchronize": _SynchronizedClock, "events": _EventClock}
+    if synchronization not in clocks:
+        raise ArgumentError(f"synchronization is {synchronization!r}; it can be {', '.join(clocks)}")
+    return clocks[synchronization]()
 
 
 def _cuda() -> Any:
@@ -112,16 +106,11 @@ def device_name() -> str:
 
 def software() -> str:
     """Versions of what takes part in a run and is installed."""
-    found = [(package, _version(package)) for package in _PACKAGES]
-    named = [f"{package} {version}" for package, version in found if version]
-    return ", ".join([f"Python {platform.python_version()}", *named])
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    found = [f"Python {platform.python_version()}"]
+    for package in ("torch", "transformers", "vllm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)
 
 
 def clock_record() -> dict[str, object]:

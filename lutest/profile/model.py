@@ -14,8 +14,6 @@ from torch.nn import functional
 
 from lutest.profile.presets import DecoderSize, Preset, VisionSize
 
-__all__ = ["Generation", "Model"]
-
 _ROTARY_BASE = 10_000.0
 _EPSILON = 1e-5
 
@@ -113,7 +111,7 @@ class Model:
         rotation = _rotation(start, generation.length, self.preset.decoder.head_dim, x)
         for index, block in enumerate(self._blocks[: generation.num_blocks]):
             x = block.forward(x, rotation, generation, index)
-        last = functional.rms_norm(x[-1:], self._norm.shape, self._norm, _EPSILON)
+        last = _normed(x[-1:], self._norm)
         # sampled, not the likeliest: random weights would repeat one token, and so the same experts at every step
         shares = (last @ self._head).float().softmax(dim=-1)
         return (shares / torch.empty_like(shares).exponential_(generator=generation.chance)).argmax(dim=-1)
@@ -194,19 +192,14 @@ class _Block:
         self._down = weight(size.experts, size.expert_width, size.hidden)
 
     def forward(self, x: Any, rotation: Any, generation: Generation, index: int) -> Any:
-        x = x + self._attend(
-            functional.rms_norm(x, self._norm_1.shape, self._norm_1, _EPSILON), rotation, generation, index
-        )
-        return x + self._mix(functional.rms_norm(x, self._norm_2.shape, self._norm_2, _EPSILON), generation.top_k)
+        x = x + self._attend(_normed(x, self._norm_1), rotation, generation, index)
+        return x + self._mix(_normed(x, self._norm_2), generation.top_k)
 
     def _attend(self, x: Any, rotation: Any, generation: Generation, index: int) -> Any:
         size, tokens = self._size, x.shape[0]
         query, key, value = (x @ self._qkv).chunk(3, dim=-1)
-        query = functional.rms_norm(query, self._query_norm.shape, self._query_norm, _EPSILON)
-        key = functional.rms_norm(key, self._key_norm.shape, self._key_norm, _EPSILON)
-        query, key, value = (
-            part.view(tokens, size.heads, size.head_dim).transpose(0, 1) for part in (query, key, value)
-        )
+        parts = _normed(query, self._query_norm), _normed(key, self._key_norm), value
+        query, key, value = (part.view(tokens, size.heads, size.head_dim).transpose(0, 1) for part in parts)
         stop = generation.length
         keys, values = generation.keys[index], generation.values[index]
         keys[:, stop - tokens : stop] = _rotate(key, rotation)
@@ -219,9 +212,7 @@ class _Block:
     def _mix(self, x: Any, top_k: int) -> Any:
         shares, chosen = (x @ self._router).softmax(dim=-1).topk(top_k, dim=-1)
         if x.shape[0] == 1:  # so that no expert's number has to leave the device
-            experts = chosen[0]
-            gate, up = torch.matmul(x, self._gate_up[experts]).chunk(2, dim=-1)
-            made = torch.matmul(functional.silu(gate) * up, self._down[experts])
+            made = _gated(x, self._gate_up[chosen[0]], self._down[chosen[0]])
             return shares @ made[:, 0]
         # tokens sorted by expert, so that each expert that was chosen works on all of its tokens at once
         assigned = chosen.flatten()
@@ -233,11 +224,19 @@ class _Block:
         start = 0
         for expert, n in enumerate(counts):
             if n:
-                gate, up = (gathered[start : start + n] @ self._gate_up[expert]).chunk(2, dim=-1)
-                made[start : start + n] = (functional.silu(gate) * up) @ self._down[expert]
+                made[start : start + n] = _gated(gathered[start : start + n], self._gate_up[expert], self._down[expert])
                 start += n
         made *= shares.flatten()[order, None]
         return torch.zeros_like(x).index_add_(0, rows, made)
+
+
+def _normed(x: Any, weight: Any) -> Any:
+    return functional.rms_norm(x, weight.shape, weight, _EPSILON)
+
+
+def _gated(x: Any, gate_up: Any, down: Any) -> Any:
+    gate, up = (x @ gate_up).chunk(2, dim=-1)
+    return (functional.silu(gate) * up) @ down
 
 
 def _rotation(start: int, stop: int, head_dim: int, like: Any) -> Any:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lutest.reader.errors import ArgumentError
 
-__all__ = ["PRESETS", "DecoderSize", "Preset", "VisionSize", "find_preset", "parse_output_lengths"]
+# Short answers mostly, as to questions about images: 9 tokens on average.
+_SHORT_ANSWERS = {1: 8, 2: 30, 3: 8, 4: 8, 6: 8, 8: 10, 12: 8, 16: 8, 24: 6, 32: 4, 48: 1, 96: 1}
+_CROPS = {"low": (1, 3), "medium": (4, 8), "high": (9, 15)}
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,11 @@ class Preset:
     name: str
     vision: VisionSize
     decoder: DecoderSize
-    crops: dict[str, tuple[int, int]]
-    text_tokens: tuple[int, int]
-    top_k: tuple[int, ...]
-    num_blocks: tuple[int, ...]
-    output_lengths: dict[int, float]
+    crops: Mapping[str, tuple[int, int]] = field(default_factory=_CROPS.copy)
+    text_tokens: tuple[int, int] = (8, 90)
+    top_k: tuple[int, ...] = (4, 6, 8)
+    num_blocks: tuple[int, ...] = (12, 14, 16)
+    output_lengths: Mapping[int, float] = field(default_factory=_SHORT_ANSWERS.copy)
 
     @property
     def model_name(self) -> str:
@@ -96,18 +99,15 @@ class Preset:
         )
 
 
-# Short answers mostly, as to questions about images: 9 tokens on average.
-_SHORT_ANSWERS = {1: 8, 2: 30, 3: 8, 4: 8, 6: 8, 8: 10, 12: 8, 16: 8, 24: 6, 32: 4, 48: 1, 96: 1}
-_CROPS = {"low": (1, 3), "medium": (4, 8), "high": (9, 15)}
 _CPU_VISION = VisionSize(image_size=64, patch_size=8, pooling=2, width=128, layers=4, heads=4, mlp_width=512)
 
 PRESETS = {
     preset.name: preset
     for preset in (
         Preset(
-            name="tiny",
-            vision=VisionSize(image_size=16, patch_size=4, pooling=2, width=16, layers=1, heads=2, mlp_width=32),
-            decoder=DecoderSize(vocabulary=64, hidden=32, heads=2, head_dim=16, blocks=2, experts=4, expert_width=16),
+            "tiny",
+            VisionSize(image_size=16, patch_size=4, pooling=2, width=16, layers=1, heads=2, mlp_width=32),
+            DecoderSize(vocabulary=64, hidden=32, heads=2, head_dim=16, blocks=2, experts=4, expert_width=16),
             crops={"low": (1, 1), "medium": (2, 2), "high": (3, 4)},
             text_tokens=(4, 12),
             top_k=(1, 2),
@@ -115,60 +115,26 @@ PRESETS = {
             output_lengths={1: 1, 2: 2, 4: 2, 8: 1},
         ),
         Preset(
-            name="cpu",
-            vision=_CPU_VISION,
-            decoder=DecoderSize(
-                vocabulary=4096, hidden=192, heads=3, head_dim=64, blocks=16, experts=32, expert_width=96
-            ),
-            crops=_CROPS,
-            text_tokens=(8, 90),
-            top_k=(4, 6, 8),
-            num_blocks=(12, 14, 16),
-            output_lengths=dict(_SHORT_ANSWERS),
+            "cpu",
+            _CPU_VISION,
+            DecoderSize(vocabulary=4096, hidden=192, heads=3, head_dim=64, blocks=16, experts=32, expert_width=96),
         ),
         # As `cpu`, with a decoder a third wider: another model for the same machine.
         Preset(
-            name="cpu-wide",
-            vision=_CPU_VISION,
-            decoder=DecoderSize(
-                vocabulary=4096, hidden=256, heads=4, head_dim=64, blocks=16, experts=32, expert_width=128
-            ),
-            crops=_CROPS,
-            text_tokens=(8, 90),
-            top_k=(4, 6, 8),
-            num_blocks=(12, 14, 16),
-            output_lengths=dict(_SHORT_ANSWERS),
+            "cpu-wide",
+            _CPU_VISION,
+            DecoderSize(vocabulary=4096, hidden=256, heads=4, head_dim=64, blocks=16, experts=32, expert_width=128),
         ),
         # The shape of MolmoE-1B: 1B active, 7B in total, CLIP ViT-L/14 at 336 pixels.
         Preset(
-            name="molmoe-1b",
-            vision=VisionSize(
-                image_size=336, patch_size=14, pooling=2, width=1024, layers=24, heads=16, mlp_width=4096
-            ),
-            decoder=DecoderSize(
+            "molmoe-1b",
+            VisionSize(image_size=336, patch_size=14, pooling=2, width=1024, layers=24, heads=16, mlp_width=4096),
+            DecoderSize(
                 vocabulary=50304, hidden=2048, heads=16, head_dim=128, blocks=16, experts=64, expert_width=1024
             ),
-            crops=_CROPS,
-            text_tokens=(8, 90),
-            top_k=(4, 6, 8),
-            num_blocks=(12, 14, 16),
-            output_lengths=dict(_SHORT_ANSWERS),
         ),
     )
 }
-
-
-def find_preset(name: str) -> Preset:
-    """Preset of a name.
-
-    Raises
-    ------
-    ArgumentError
-        There is none of that name.
-    """
-    if name not in PRESETS:
-        raise ArgumentError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 def parse_output_lengths(given: str) -> dict[int, float]:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,29 +20,14 @@ from lutest.reader.names import TEMPORARY_ENDING, literal, quote
 from lutest.tablefile.schema import refuse_key_names
 from lutest.tablefile.store import held_lock, synced
 
-__all__ = ["RunStore"]
-
 # Beside the key columns
 _COLUMNS = {
-    "workload": "VARCHAR",
     "sample_id": "BIGINT",
-    "prompt_tokens": "INTEGER",
-    "vision_tokens": "INTEGER",
-    "text_tokens": "INTEGER",
-    "output_tokens": "INTEGER",
+    **dict.fromkeys(("prompt_tokens", "vision_tokens", "text_tokens", "output_tokens"), "INTEGER"),
     "ends_with_eos": "BOOLEAN",
-    "vision_ms": "DOUBLE",
-    "prefill_ms": "DOUBLE",
-    "decode_ms": "DOUBLE",
     "decode_steps_ms": "DOUBLE[]",
-    "total_ms": "DOUBLE",
-    "device": "VARCHAR",
-    "model": "VARCHAR",
-    "software": "VARCHAR",
-    "synchronization": "VARCHAR",
-    "step_overhead_us": "DOUBLE",
-    "session": "VARCHAR",
-    "started_at": "VARCHAR",
+    **dict.fromkeys(("vision_ms", "prefill_ms", "decode_ms", "total_ms", "step_overhead_us"), "DOUBLE"),
+    **dict.fromkeys(("workload", "device", "model", "software", "synchronization", "session", "started_at"), "VARCHAR"),
 }
 _MANIFEST = "profile.yaml"
 _LOCK = ".lutest-profile-lock"
@@ -96,10 +81,8 @@ class RunStore:
         self._runs_per_shard = runs_per_shard
         self._journal: BinaryIO | None = None
         self._rows: list[dict[str, Any]] = []
-        try:
+        with _writing(f"{folder}: cannot record runs there"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BuildError(f"{folder}: cannot record runs there: {error.strerror or error}") from error
         with contextlib.ExitStack() as held:
             held.enter_context(held_lock(folder / _LOCK, folder, "another session records runs in this folder"))
             self._manifest = _read_manifest(folder / _MANIFEST, {"key_columns": list(self.key_columns), **settings})
@@ -130,12 +113,10 @@ class RunStore:
     def append(self, row: dict[str, Any]) -> None:
         """Keep one run, for good once this returns."""
         line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        try:
+        with _writing(f"{self.folder}: cannot write a run"):
             if self._journal is None:
                 self._journal = open(self._path("jsonl"), "ab", buffering=0)  # noqa: SIM115  open between runs
             self._journal.write(line)
-        except OSError as error:
-            raise BuildError(f"{self.folder}: cannot write a run: {error.strerror or error}") from error
         self._rows.append(row)
         self.recorded.add(self._run_key(row))
         if len(self._rows) >= self._runs_per_shard:
@@ -153,7 +134,7 @@ class RunStore:
     def _recover(self) -> None:
         """Clear what a killed session left half done, and see which runs there are."""
         numbers: dict[str, set[int]] = {"parquet": set(), "jsonl": set()}
-        for path in sorted(self.folder.iterdir()):
+        for path in self.folder.iterdir():
             if path.name.endswith(TEMPORARY_ENDING):
                 path.unlink()
             elif found := _SHARD.fullmatch(path.name):
@@ -166,9 +147,16 @@ class RunStore:
                     numbers["parquet"].add(self._number)
             self._path("jsonl").unlink()
         self._rows = []
+        columns = ", ".join(map(quote, (*self.key_columns, "sample_id")))
+        query = f"SELECT {columns} FROM read_parquet(?)"
+        try:
+            with duckdb.connect() as connection:
+                for self._number in sorted(numbers["parquet"]):
+                    self.recorded.update(connection.execute(query, [str(self._path("parquet"))]).fetchall())
+        except duckdb.Error as error:
+            reason = str(error).splitlines()[0]
+            raise SourceError(f"{self._path('parquet')}: cannot be read as runs: {reason}") from error
         self._number = max(numbers["parquet"], default=0) + 1
-        for number in sorted(numbers["parquet"]):
-            self.recorded |= self._read_keys(self.folder / f"runs-{number:06}.parquet")
 
     def _path(self, ending: str) -> Path:
         return self.folder / f"runs-{self._number:06}.{ending}"
@@ -187,7 +175,7 @@ class RunStore:
         temporary = self.folder / f".runs-{self._number:06}.parquet{TEMPORARY_ENDING}"
         types = {name: _stored_type([row[name] for row in self._rows]) for name in self.key_columns} | _COLUMNS
         columns = ", ".join(f"{quote(name)} {type_}" for name, type_ in types.items())
-        try:
+        with _writing(f"{self._path('parquet')}: cannot be written"):
             with duckdb.connect(config={"threads": 1}) as connection:
                 connection.execute(f"CREATE TABLE runs ({columns})")
                 one_row = f"({', '.join('?' * len(types))})"
@@ -197,26 +185,22 @@ class RunStore:
                 )
                 connection.execute(f"COPY runs TO {literal(temporary)} (FORMAT parquet, COMPRESSION zstd)")
             _put(temporary, self._path("parquet"))
-        except (duckdb.Error, OSError) as error:
-            raise BuildError(f"{self._path('parquet')}: cannot be written: {str(error).splitlines()[0]}") from error
-
-    def _read_keys(self, path: Path) -> set[Key]:
-        columns = ", ".join(map(quote, (*self.key_columns, "sample_id")))
-        try:
-            with duckdb.connect() as connection:
-                return set(connection.execute(f"SELECT {columns} FROM read_parquet(?)", [str(path)]).fetchall())
-        except duckdb.Error as error:
-            raise SourceError(f"{path}: cannot be read as runs: {str(error).splitlines()[0]}") from error
 
     def _write_manifest(self) -> None:
         temporary = self.folder / f".{_MANIFEST}{TEMPORARY_ENDING}"
-        try:
-            temporary.write_text(
-                yaml.safe_dump(self._manifest, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8"
-            )
+        text = yaml.safe_dump(self._manifest, sort_keys=False, allow_unicode=True, width=120)
+        with _writing(f"{self.folder}: cannot write {_MANIFEST}"):
+            temporary.write_text(text, encoding="utf-8")
             _put(temporary, self.folder / _MANIFEST)
-        except OSError as error:
-            raise BuildError(f"{self.folder}: cannot write {_MANIFEST}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _writing(failure: str) -> Iterator[None]:
+    try:
+        yield
+    except (duckdb.Error, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise BuildError(f"{failure}: {reason}") from error
 
 
 def _put(temporary: Path, target: Path) -> None:
@@ -247,15 +231,14 @@ def _read_manifest(path: Path, settings: Mapping[str, object]) -> dict[str, Any]
 
 def _read_journal(path: Path) -> list[dict[str, Any]]:
     """Runs of a journal; its last line counts only if it was written to its end."""
-    whole = path.read_bytes().split(b"\n")[:-1]
-    return [_parse(line, number, path) for number, line in enumerate(whole, 1)]
-
-
-def _parse(line: bytes, number: int, path: Path) -> dict[str, Any]:
+    runs: list[dict[str, Any]] = []
     try:
-        return dict(json.loads(line))
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            run = dict(json.loads(line))
+            runs.append(run)
     except (ValueError, TypeError) as error:
-        raise SourceError(f"{path}: line {number} is not a run: {error}") from error
+        raise SourceError(f"{path}: line {len(runs) + 1} is not a run: {error}") from error
+    return runs
 
 
 def _is_value(value: object) -> bool:

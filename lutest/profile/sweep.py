@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import statistics
@@ -12,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from lutest.profile.machine import cpu_name
-from lutest.profile.presets import Preset, find_preset
+from lutest.profile.presets import PRESETS, Preset
 from lutest.profile.recorder import Recorder, interleave
 from lutest.reader.errors import ArgumentError
 
-__all__ = ["SweepSummary", "run_sweep"]
-
 WORKLOAD = "synthetic"
-_WARMUP_OUTPUT_TOKENS = 4
+_WARMUP_LENGTHS = {4: 1.0}
 
-_Configuration = tuple[str, int, int]  # (tier, top_k, num_blocks)
+_Key = tuple[str, int, int]  # (tier, top_k, num_blocks)
 
 # (runs of all sessions, runs wanted)
 Progress = Callable[[int, int], None]
@@ -51,15 +50,6 @@ class SweepSummary:
     step_overhead_us: float
     step_p50_ms: float | None
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What one run is asked to do."""
-
-    crops: int
-    text_tokens: int
-    output_tokens: int
 
 
 def run_sweep(
@@ -120,8 +110,13 @@ def run_sweep(
         An argument is not valid, torch is missing, or the folder cannot be written or was begun otherwise.
     """
     started = time.perf_counter()
-    sizes = find_preset(preset)
-    torch = _torch()
+    if preset not in PRESETS:
+        raise ArgumentError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    sizes = PRESETS[preset]
+    try:
+        import torch
+    except ImportError:
+        raise ArgumentError("profiling the presets needs torch: pip install 'lutest[profile]'") from None
     lengths = dict(output_lengths or sizes.output_lengths)
     keys = _keys(sizes, tiers, top_k, num_blocks)
     if min(lengths) < 1:
@@ -146,18 +141,16 @@ def run_sweep(
         from lutest.profile.model import Model
 
         model = Model(sizes, device=device, seed=seed)
-        deadline = None if minutes is None else started + 60 * minutes
+        deadline = math.inf if minutes is None else started + 60 * minutes
         for key, number in interleave(keys, warmup_rounds, seed) if warmup_rounds else ():
-            request = _draw(sizes, {_WARMUP_OUTPUT_TOKENS: 1.0}, key, seed, number)
-            _run_once(model, recorder, key, request, number, lengths, warmup=True)
+            _run_once(model, recorder, key, number, seed, _WARMUP_LENGTHS, warmup=True)
         plan = recorder.plan(keys, runs_per_key, seed=seed)
         wanted = len(keys) * runs_per_key
         missing = len(plan)
         for key, number in plan:
-            if deadline is not None and time.perf_counter() > deadline:
+            if time.perf_counter() > deadline:
                 break
-            request = _draw(sizes, lengths, key, seed, number)
-            steps_ms += _run_once(model, recorder, key, request, number, lengths)
+            steps_ms += _run_once(model, recorder, key, number, seed, lengths, warmup=False)
             missing -= 1
             if progress is not None:
                 progress(wanted - missing, wanted)
@@ -175,26 +168,16 @@ def run_sweep(
     )
 
 
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise ArgumentError("profiling the presets needs torch: pip install 'lutest[profile]'") from None
-    return torch
-
-
 def _keys(
     sizes: Preset, tiers: Sequence[str] | None, top_k: Sequence[int] | None, num_blocks: Sequence[int] | None
-) -> list[_Configuration]:
+) -> list[_Key]:
     tiers = list(tiers or sizes.crops)
     top_k, num_blocks = list(top_k or sizes.top_k), list(num_blocks or sizes.num_blocks)
     for tier in tiers:
         if tier not in sizes.crops:
             raise ArgumentError(f"there is no tier {tier!r} in {sizes.name}; there are {', '.join(sizes.crops)}")
-    for what, given, most in (
-        ("top_k", top_k, sizes.decoder.experts),
-        ("blocks", num_blocks, sizes.decoder.blocks),
-    ):
+    limits = ("top_k", top_k, sizes.decoder.experts), ("blocks", num_blocks, sizes.decoder.blocks)
+    for what, given, most in limits:
         for value in given:
             if not 1 <= value <= most:
                 raise ArgumentError(f"{what} is {value}; in {sizes.name} it must be from 1 to {most}")
@@ -229,46 +212,33 @@ def _prepare_device(torch: Any, device: str, threads: int | None, synchronizatio
     return f"{torch.cuda.get_device_name(device)}, bfloat16", synchronization or "events"
 
 
-def _draw(sizes: Preset, lengths: Mapping[int, float], key: _Configuration, seed: int, number: int) -> _Request:
-    chance = random.Random(f"request {seed} {key} {number}")
-    return _Request(
-        crops=chance.randint(*sizes.crops[key[0]]) + 1,  # and the global one
-        text_tokens=chance.randint(*sizes.text_tokens),
-        output_tokens=chance.choices(list(lengths), list(lengths.values()))[0],
-    )
-
-
 def _run_once(
-    model: Any,
-    recorder: Recorder,
-    key: _Configuration,
-    request: _Request,
-    number: int,
-    lengths: Mapping[int, float],
-    *,
-    warmup: bool = False,
+    model: Any, recorder: Recorder, key: _Key, number: int, seed: int, lengths: Mapping[int, float], warmup: bool
 ) -> list[float]:
     """Do one run; its decode steps in milliseconds."""
     import torch
 
-    vision = model.preset.vision
-    _, top_k, num_blocks = key
-    vision_tokens = request.crops * vision.tokens_per_crop
+    sizes, (tier, top_k, num_blocks) = model.preset, key
+    draw = random.Random(f"request {seed} {key} {number}")
+    crops = draw.randint(*sizes.crops[tier]) + 1  # and the global one
+    text_tokens = draw.randint(*sizes.text_tokens)
+    output_tokens = draw.choices(list(lengths), list(lengths.values()))[0]
+    vision_tokens = crops * sizes.vision.tokens_per_crop
     chance = torch.Generator(model.device).manual_seed(number)
     options = {"device": model.device, "generator": chance}
-    pixels = torch.randn(request.crops, 3, vision.image_size, vision.image_size, dtype=model.dtype, **options)
-    text = torch.randint(model.preset.decoder.vocabulary, (request.text_tokens,), **options)
-    generation = model.start(top_k, num_blocks, vision_tokens + request.text_tokens + request.output_tokens, chance)
-    with recorder.run(
-        key, sample_id=number, vision_tokens=vision_tokens, text_tokens=request.text_tokens, warmup=warmup
-    ) as run:
+    side = sizes.vision.image_size
+    pixels = torch.randn(crops, 3, side, side, dtype=model.dtype, **options)
+    text = torch.randint(sizes.decoder.vocabulary, (text_tokens,), **options)
+    generation = model.start(top_k, num_blocks, vision_tokens + text_tokens + output_tokens, chance)
+    tokens = {"vision_tokens": vision_tokens, "text_tokens": text_tokens}
+    with recorder.run(key, sample_id=number, warmup=warmup, **tokens) as run:
         with run.vision():
             features = model.vision_tower.embed(pixels)
         with run.prefill():
             token = model.prefill(generation, features, text)
-        for _ in range(request.output_tokens - 1):
+        for _ in range(output_tokens - 1):
             with run.step():
                 token = model.decode(generation, token)
         # the length stands for where a model would have stopped; the longest one, for a limit
-        run.ends_with_eos = request.output_tokens < max(lengths)
+        run.ends_with_eos = output_tokens < max(lengths)
     return run.times.decode_steps_ms if run.times else []

@@ -16,8 +16,7 @@ import yaml
 
 import lutest
 from lutest.builder.build import build
-from lutest.profile.recorder import Recorder, interleave, measure_step_overhead
-from lutest.profile.run import Run
+from lutest.profile.recorder import Recorder, Run, interleave, measure_step_overhead
 from lutest.reader.errors import ArgumentError, BuildError, ConfigError, SourceError
 from lutest.runs.convert import convert
 
