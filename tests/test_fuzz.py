@@ -198,7 +198,7 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] *
         (f"quantiles: 0x{'f' * 5000}\n", "a number of thousands of digits"),
         (f"columns: {{top_k: {{constant: 0x{'f' * 5000}}}}}\n", "a number of thousands of digits|columns.top_k"),
         (f"quantiles: {'9' * 5000}\n", "not valid YAML"),
-        ("[" * 1500, "not valid YAML"),
+        ("[" * 700, "not valid YAML"),
         ('"a\\nb": 1\n', "unknown option"),
         ("sources: a\nsources: b\n", "`sources` stands twice"),
         ("columns: {tier: 2024-13-45}\n", "not valid YAML"),

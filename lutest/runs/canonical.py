@@ -134,7 +134,8 @@ def write_runs(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> 
                 '|', {", ".join(hashed)},
                 coalesce(length(sample_id_text) || ':' || sample_id_text, '-'),
                 prompt_tokens_value, output_tokens_value, prefill_ms_value, decode_ms_value,
-                coalesce(total_ms_value::VARCHAR, '-'), coalesce(accuracy_value::VARCHAR, '-'), steps::VARCHAR
+                coalesce(total_ms_value::VARCHAR, '-'), coalesce(accuracy_value::VARCHAR, '-'),
+                CASE WHEN timed THEN steps END::VARCHAR
             )) AS run_hash
         FROM judged
         """

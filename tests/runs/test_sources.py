@@ -270,10 +270,10 @@ def test_large_object_in_bounded_memory(tmp_path: Path, wrapped: bool) -> None:
 
 
 def test_long_single_values(tmp_path: Path) -> None:
-    steps = [float(i) for i in range(300_000)]
-    rows = read_text("a.json", json.dumps([{"tier": "x" * 3_000_000, "T_decode_per_step": steps}]), tmp_path)
+    steps = [float(i) for i in range(100_000)]
+    rows = read_text("a.json", json.dumps([{"tier": "x" * 1_500_000, "T_decode_per_step": steps}]), tmp_path)
     assert rows[0]["steps"] == steps
-    assert len(rows[0]["tier"]) == 3_000_000
+    assert len(rows[0]["tier"]) == 1_500_000
 
 
 # steps

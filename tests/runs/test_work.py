@@ -95,7 +95,7 @@ def test_counts_of_the_default_key_are_whole_and_at_least_one() -> None:
     ]  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     names=st.lists(
         st.text(min_size=1, max_size=8).filter(str.isidentifier), min_size=1, max_size=5, unique_by=str.lower
