@@ -101,9 +101,7 @@ def record_generate(
     return output
 
 
-def _end_tokens(model: Any, arguments: dict[str, Any]) -> list[int]:
+def _end_tokens(model: Any, arguments: dict[str, Any]) -> list[int | None]:
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     given = arguments.get("eos_token_id", configured)
-    if given is None:
-        return []
-    return [given] if isinstance(given, int) else [int(token) for token in given]
+    return [given] if given is None or isinstance(given, int) else [int(token) for token in given]

@@ -138,17 +138,8 @@ class _VisionTower:
         self._patch = weight(3 * size.patch_size**2, width)
         self._class_token = weight(1, width)
         self._positions = weight(size.patches_per_side**2 + 1, width)
-        self._layers = [
-            (
-                ones(width),
-                weight(width, 3 * width),
-                weight(width, width),
-                ones(width),
-                weight(width, size.mlp_width),
-                weight(size.mlp_width, width),
-            )
-            for _ in range(size.layers)
-        ]
+        shapes = (width, 3 * width), (width, width), (width, size.mlp_width), (size.mlp_width, width)
+        self._layers = [(ones(width), ones(width), *(weight(*shape) for shape in shapes)) for _ in range(size.layers)]
         self._norm = ones(width)
         self._projector = weight(width, hidden), weight(hidden, hidden)
 
@@ -159,7 +150,7 @@ class _VisionTower:
         patches = pixels.view(crops, 3, side, size.patch_size, side, size.patch_size)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(crops, side * side, -1)
         x = torch.cat([self._class_token.expand(crops, 1, -1), patches @ self._patch], dim=1) + self._positions
-        for norm_1, qkv, out, norm_2, up, down in self._layers:
+        for norm_1, norm_2, qkv, out, up, down in self._layers:
             y = functional.layer_norm(x, (size.width,), norm_1)
             heads = (y @ qkv).view(crops, -1, 3, size.heads, size.width // size.heads).permute(2, 0, 3, 1, 4)
             y = functional.scaled_dot_product_attention(heads[0], heads[1], heads[2])

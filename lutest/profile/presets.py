@@ -157,9 +157,8 @@ def parse_output_lengths(given: str) -> dict[int, float]:
         from lutest.tablefile.sql import connect, database_errors
 
         with connect(given) as connection, database_errors(f"{given}: has no output lengths: "):
-            rows = connection.execute(
-                "SELECT output_tokens, sum(n) FROM output_length GROUP BY output_tokens ORDER BY output_tokens"
-            ).fetchall()
+            query = "SELECT output_tokens, sum(n) FROM output_length GROUP BY output_tokens ORDER BY output_tokens"
+            rows = connection.execute(query).fetchall()
         return {int(tokens): float(n) for tokens, n in rows}
     lengths: dict[int, float] = {}
     for part in given.split(","):

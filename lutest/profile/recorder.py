@@ -258,11 +258,8 @@ class Recorder:
         """
         for key in keys:
             self._store.check_key(key)
-        return [
-            (key, sample_id)
-            for key, sample_id in interleave(keys, runs_per_key, seed)
-            if (*key, sample_id) not in self._store.recorded
-        ]
+        runs = interleave(keys, runs_per_key, seed)
+        return [(key, sample_id) for key, sample_id in runs if (*key, sample_id) not in self._store.recorded]
 
     @contextlib.contextmanager
     def run(

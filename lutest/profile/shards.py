@@ -118,7 +118,7 @@ class RunStore:
                 self._journal = open(self._path("jsonl"), "ab", buffering=0)  # noqa: SIM115  open between runs
             self._journal.write(line)
         self._rows.append(row)
-        self.recorded.add(self._run_key(row))
+        self.recorded.add((*(row[name] for name in self.key_columns), row["sample_id"]))
         if len(self._rows) >= self._runs_per_shard:
             self._compact()
 
@@ -127,9 +127,6 @@ class RunStore:
         if self._journal is not None:
             self._journal.close()
         self._held.close()
-
-    def _run_key(self, row: Mapping[str, Any]) -> Key:
-        return (*(row[name] for name in self.key_columns), row["sample_id"])
 
     def _recover(self) -> None:
         """Clear what a killed session left half done, and see which runs there are."""
@@ -172,26 +169,21 @@ class RunStore:
         self._number += 1
 
     def _write_shard(self) -> None:
-        temporary = self.folder / f".runs-{self._number:06}.parquet{TEMPORARY_ENDING}"
         types = {name: _stored_type([row[name] for row in self._rows]) for name in self.key_columns} | _COLUMNS
         columns = ", ".join(f"{quote(name)} {type_}" for name, type_ in types.items())
-        with _writing(f"{self._path('parquet')}: cannot be written"):
-            with duckdb.connect(config={"threads": 1}) as connection:
-                connection.execute(f"CREATE TABLE runs ({columns})")
-                one_row = f"({', '.join('?' * len(types))})"
-                connection.execute(  # one statement: a statement a row takes milliseconds each
-                    f"INSERT INTO runs VALUES {', '.join([one_row] * len(self._rows))}",
-                    [row.get(name) for row in self._rows for name in types],
-                )
-                connection.execute(f"COPY runs TO {literal(temporary)} (FORMAT parquet, COMPRESSION zstd)")
-            _put(temporary, self._path("parquet"))
+        with _replacing(self._path("parquet")) as temporary, duckdb.connect(config={"threads": 1}) as connection:
+            connection.execute(f"CREATE TABLE runs ({columns})")
+            one_row = f"({', '.join('?' * len(types))})"
+            connection.execute(  # one statement: a statement a row takes milliseconds each
+                f"INSERT INTO runs VALUES {', '.join([one_row] * len(self._rows))}",
+                [row.get(name) for row in self._rows for name in types],
+            )
+            connection.execute(f"COPY runs TO {literal(temporary)} (FORMAT parquet, COMPRESSION zstd)")
 
     def _write_manifest(self) -> None:
-        temporary = self.folder / f".{_MANIFEST}{TEMPORARY_ENDING}"
         text = yaml.safe_dump(self._manifest, sort_keys=False, allow_unicode=True, width=120)
-        with _writing(f"{self.folder}: cannot write {_MANIFEST}"):
+        with _replacing(self.folder / _MANIFEST) as temporary:
             temporary.write_text(text, encoding="utf-8")
-            _put(temporary, self.folder / _MANIFEST)
 
 
 @contextlib.contextmanager
@@ -203,11 +195,15 @@ def _writing(failure: str) -> Iterator[None]:
         raise BuildError(f"{failure}: {reason}") from error
 
 
-def _put(temporary: Path, target: Path) -> None:
-    """Rename a file once it is on the disk."""
-    synced(temporary)
-    os.replace(temporary, target)
-    synced(target.parent)
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of the target once it is on the disk."""
+    temporary = target.with_name(f".{target.name}{TEMPORARY_ENDING}")
+    with _writing(f"{target}: cannot be written"):
+        yield temporary
+        synced(temporary)
+        os.replace(temporary, target)
+        synced(target.parent)
 
 
 def _read_manifest(path: Path, settings: Mapping[str, object]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -17,13 +18,9 @@ from lutest.profile.presets import PRESETS, Preset
 from lutest.profile.recorder import Recorder, interleave
 from lutest.reader.errors import ArgumentError
 
-WORKLOAD = "synthetic"
 _WARMUP_LENGTHS = {4: 1.0}
 
 _Key = tuple[str, int, int]  # (tier, top_k, num_blocks)
-
-# (runs of all sessions, runs wanted)
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def run_sweep(
     device: str = "cpu",
     threads: int | None = None,
     synchronization: str | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> SweepSummary:
     """Profile the model of a preset into a folder, or go on with a sweep that was interrupted.
 
@@ -119,20 +116,22 @@ def run_sweep(
         raise ArgumentError("profiling the presets needs torch: pip install 'lutest[profile]'") from None
     lengths = dict(output_lengths or sizes.output_lengths)
     keys = _keys(sizes, tiers, top_k, num_blocks)
-    if min(lengths) < 1:
-        raise ArgumentError(f"output lengths hold {min(lengths)}; a run has at least 1 token, that of its prefill")
-    if runs_per_key < 1:
-        raise ArgumentError(f"runs_per_key is {runs_per_key}; it must be at least 1")
+    for what, given, least in (
+        ("output lengths hold", min(lengths), 1),
+        ("runs_per_key is", runs_per_key, 1),
+        ("warm-up rounds are", warmup_rounds, 0),
+        ("threads are", 1 if threads is None else threads, 1),
+    ):
+        if given < least:
+            raise ArgumentError(f"{what} {given}; allowed: {least} or more")
     if minutes is not None and not minutes > 0:
         raise ArgumentError(f"minutes is {minutes:g}; it must be above 0")
-    if warmup_rounds < 0:
-        raise ArgumentError(f"warm-up rounds are {warmup_rounds}; they must be at least 0")
     name, synchronization = _prepare_device(torch, device, threads, synchronization)
     recorder = Recorder(
         output,
         model=sizes.model_name,
         device=name,
-        workload=WORKLOAD,
+        workload="synthetic",
         synchronization=synchronization,
         settings={"preset": preset, "seed": seed, "output_lengths": {n: float(w) for n, w in sorted(lengths.items())}},
     )
@@ -171,17 +170,14 @@ def run_sweep(
 def _keys(
     sizes: Preset, tiers: Sequence[str] | None, top_k: Sequence[int] | None, num_blocks: Sequence[int] | None
 ) -> list[_Key]:
-    tiers = list(tiers or sizes.crops)
-    top_k, num_blocks = list(top_k or sizes.top_k), list(num_blocks or sizes.num_blocks)
-    for tier in tiers:
+    keys = list(itertools.product(tiers or sizes.crops, top_k or sizes.top_k, num_blocks or sizes.num_blocks))
+    for tier, experts, blocks in keys:
         if tier not in sizes.crops:
             raise ArgumentError(f"there is no tier {tier!r} in {sizes.name}; there are {', '.join(sizes.crops)}")
-    limits = ("top_k", top_k, sizes.decoder.experts), ("blocks", num_blocks, sizes.decoder.blocks)
-    for what, given, most in limits:
-        for value in given:
-            if not 1 <= value <= most:
-                raise ArgumentError(f"{what} is {value}; in {sizes.name} it must be from 1 to {most}")
-    return [(tier, experts, blocks) for tier in tiers for experts in top_k for blocks in num_blocks]
+        for what, given, most in (("top_k", experts, sizes.decoder.experts), ("blocks", blocks, sizes.decoder.blocks)):
+            if not 1 <= given <= most:
+                raise ArgumentError(f"{what} is {given}; in {sizes.name} it must be from 1 to {most}")
+    return keys
 
 
 def _prepare_device(torch: Any, device: str, threads: int | None, synchronization: str | None) -> tuple[str, str]:
@@ -192,10 +188,9 @@ def _prepare_device(torch: Any, device: str, threads: int | None, synchronizatio
         raise ArgumentError(f"device {device!r}: {str(error).splitlines()[0]}") from None
     if kind not in ("cpu", "cuda"):
         raise ArgumentError(f"device is {device!r}; it can be cpu or cuda")
-    if threads is not None and threads < 1:
-        raise ArgumentError(f"threads are {threads}; they must be at least 1")
-    if kind == "cpu":
+    if kind == "cpu" or threads is not None:
         torch.set_num_threads(threads or 1)
+    if kind == "cpu":
         n = torch.get_num_threads()
         return f"{cpu_name()}, {n} thread{'' if n == 1 else 's'}, float32", synchronization or "none"
     if not torch.cuda.is_available():
@@ -205,8 +200,6 @@ def _prepare_device(torch: Any, device: str, threads: int | None, synchronizatio
             "synchronization 'none' on a CUDA device would time how long it takes to ask for the work; "
             "it can be synchronize or events"
         )
-    if threads is not None:
-        torch.set_num_threads(threads)
     if torch.device(device).index is not None:
         torch.cuda.set_device(device)  # where CUDA events are recorded
     return f"{torch.cuda.get_device_name(device)}, bfloat16", synchronization or "events"
