@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,21 +17,7 @@ if TYPE_CHECKING:
     from lutest.reader.table import LatencyTable
     from lutest.runs.configuration import BuildConfig
 
-__all__ = [
-    "JSON",
-    "TABLE",
-    "Answer",
-    "Verb",
-    "add_runs",
-    "argument",
-    "given_key",
-    "given_prompt_tokens",
-    "given_runs",
-    "verb",
-]
-
-
-AddArguments = Callable[[argparse.ArgumentParser], None]
+AddArguments = Callable[[argparse.ArgumentParser], object]
 
 
 class Answer(NamedTuple):
@@ -63,13 +50,8 @@ def verb(example: str, *add_arguments: AddArguments) -> Callable[[Run], Verb]:
     return made
 
 
-def argument(*names: str, **options: Any) -> AddArguments:
-    """Adds one argument, as `argparse.ArgumentParser.add_argument` takes it."""
-
-    def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(*names, **options)
-
-    return add
+# Adds one argument, as `argparse.ArgumentParser.add_argument` takes it.
+argument = partial(methodcaller, "add_argument")
 
 
 def add_runs(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +119,7 @@ def given_key(table: LatencyTable, values: Sequence[str]) -> Key:
             f"{count(len(values), 'value')} of a configuration of {count(len(columns), 'column')}: give "
             f"{' '.join(column.name.upper() for column in columns)}, such as {' '.join(map(str, table.keys[0]))}"
         )
-    return tuple(_typed(table, place, value) for place, value in enumerate(values))
+    return tuple(map(_typed, columns, values, table.keys[0]))
 
 
 def given_prompt_tokens(table: LatencyTable, text: str | None) -> Any:
@@ -159,21 +141,11 @@ def given_prompt_tokens(table: LatencyTable, text: str | None) -> Any:
     return {column or fitting[0]: tokens} if column or fitting else tokens
 
 
-def _typed(table: LatencyTable, place: int, text: str) -> str | int | float:
-    """A value of a key column, as the table would hold it."""
-    column: KeyColumn = table.figures.key_columns[place]
-    if column.kind == "category":
-        return text
+def _typed(column: KeyColumn, text: str, example: object) -> str | float:
     try:
-        number = float(text)
+        return text if column.kind == "category" else float(text)
     except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ArgumentError(
-            f"{column.name} is {text!r}; it is a number in this table, such as {table.keys[0][place]} "
-            f"(a configuration is {', '.join(table.key_columns)})"
-        )
-    return int(number) if number.is_integer() else number
+        raise ArgumentError(f"{column.name} is {text!r}; it is a number in this table, such as {example}") from None
 
 
 def _whole(text: str) -> int:

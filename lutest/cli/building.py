@@ -11,8 +11,6 @@ from lutest.cli.printing import format_table, run_bar, working
 from lutest.cli.reading import count_runs, format_key_table, read_key_records
 from lutest.judging.finding import count
 
-__all__ = ["build", "convert", "export", "profile"]
-
 _MOST_SOURCES_SHOWN = 20
 
 
@@ -95,17 +93,9 @@ def _integers(given: str) -> list[int]:
     argument("--preset", default="cpu", metavar="NAME", help="tiny, cpu (default), cpu-wide or molmoe-1b"),
     argument("--tiers", type=_texts, metavar="LIST", help="such as low,medium (default: the preset's)"),
     argument("--top-k", type=_integers, metavar="LIST", help="such as 4,8 (default: the preset's)"),
-    argument(
-        "--blocks", dest="num_blocks", type=_integers, metavar="LIST", help="such as 12,16 (default: the preset's)"
-    ),
-    argument(
-        "--output-lengths",
-        metavar="LENGTHS",
-        help="tokens with weights, such as 1:8,2:30,16, or a table file to take them from (default: the preset's)",
-    ),
-    argument(
-        "--runs", dest="runs_per_key", type=int, default=150, metavar="N", help="of a configuration (default: 150)"
-    ),
+    argument("--blocks", dest="num_blocks", type=_integers, metavar="LIST", help="like 12,16 (default: the preset's)"),
+    argument("--output-lengths", metavar="LENGTHS", help="with weights, such as 1:8,2:30,16, or those of a table file"),
+    argument("--runs", dest="runs_per_key", type=int, default=150, metavar="N", help="of each (default: 150)"),
     argument("--minutes", type=float, metavar="M", help="stop after this time, the rest still to do"),
     argument("--warmup", dest="warmup_rounds", type=int, default=1, metavar="N", help="of each, first (default: 1)"),
     argument("--seed", type=int, default=0, metavar="S", help="of order, requests and weights (default: 0)"),

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from lutest.calibration.calibrate import StageCalibration
     from lutest.calibration.coverage import CoverageTest
 
-__all__ = ["calibrate", "check", "plan"]
-
 _DRIFTED = 1  # exit code
 _MOST_LINES = 12
 
@@ -92,33 +90,19 @@ def plan(arguments: argparse.Namespace) -> Answer:
     TABLE,
     add_runs,
     argument(
-        "--false-alarm-rate",
-        type=float,
-        default=0.01,
-        metavar="A",
-        help="probability of an alarm though nothing has changed (default: 0.01)",
+        "--false-alarm-rate", type=float, default=0.01, metavar="A", help="if nothing has changed (default: 0.01)"
     ),
     argument(
-        "--tolerance",
-        type=float,
-        default=0.02,
-        metavar="T",
-        help="how much slower or faster still counts as the same (default: 0.02)",
+        "--tolerance", type=float, default=0.02, metavar="T", help="what still counts as the same (default: 0.02)"
     ),
     JSON,
 )
 def check(arguments: argparse.Namespace) -> Answer:
     """Test whether a table still holds for runs; exit code 1 if it does not."""
     runs, config = given_runs(arguments)
+    limits = {name: getattr(arguments, name) for name in ("false_alarm_rate", "tolerance")}
     with working() as progress:
-        found = lutest.check(
-            arguments.table,
-            runs,
-            false_alarm_rate=arguments.false_alarm_rate,
-            tolerance=arguments.tolerance,
-            config=config,
-            progress=progress,
-        )
+        found = lutest.check(arguments.table, runs, config=config, progress=progress, **limits)
     alarms = [test for test in found.alarms if test.coverage.key is not None]
     shown = [test for test in found.tests if test.coverage.key is None] + alarms[:_MOST_LINES]
     headers = ["stage", "configuration", "runs", "observed / P50", "quantile", "within %", "p", "adjusted p", ""]
@@ -136,14 +120,6 @@ def check(arguments: argparse.Namespace) -> Answer:
 def _test_row(test: CoverageTest, alarm: bool) -> list[object]:
     held = test.coverage
     name = "all" if held.key is None else " ".join(map(str, held.key))
-    return [
-        held.stage,
-        name,
-        held.n,
-        f"{held.ratio:.3f}",
-        f"P{100 * test.q:g}",
-        f"{test.share_within:.1%}",
-        f"{test.p_value:.2g}",
-        f"{test.adjusted:.2g}",
-        "drift" if alarm else "",
-    ]
+    row: list[object] = [held.stage, name, held.n, f"{held.ratio:.3f}", f"P{100 * test.q:g}"]
+    row += [f"{test.share_within:.1%}", f"{test.p_value:.2g}", f"{test.adjusted:.2g}", "drift" if alarm else ""]
+    return row

@@ -12,16 +12,12 @@ from typing import TYPE_CHECKING
 import lutest
 from lutest.cli.arguments import JSON, TABLE, Answer, add_runs, given_runs, verb
 from lutest.cli.printing import format_table, one_line, working
-from lutest.judging.finding import SEVERITIES, Finding, count
+from lutest.judging.finding import SEVERITIES, Finding, count, plain
 from lutest.reader.names import quantile_suffix
 
 if TYPE_CHECKING:
     from lutest.judging.evaluate import Evaluation, Score
-    from lutest.reader.figures import Key
 
-__all__ = ["diagnose", "evaluate", "render_evaluation", "render_findings", "verify"]
-
-_NONE = "–"
 _WIDTH = 110
 
 
@@ -57,51 +53,48 @@ def verify(arguments: argparse.Namespace) -> Answer:
 
 def render_findings(findings: Sequence[Finding]) -> str:
     """Findings as plain text, one paragraph each."""
-    margin = 2 + max(map(len, SEVERITIES)) + max((len(finding.name) for finding in findings), default=0) + 2
+    first = max(map(len, SEVERITIES)) + 2
+    margin = first + max(len(finding.name) for finding in findings) + 2
     lines = []
+    wrapper = textwrap.TextWrapper(_WIDTH, break_long_words=False, break_on_hyphens=False)
+    wrapper.subsequent_indent = " " * margin
     for finding in findings:
-        head = f"{finding.severity:<{max(map(len, SEVERITIES))}}  {finding.name}".ljust(margin)
-        wrapped = textwrap.wrap(
-            one_line(finding.sentence), _WIDTH - margin, break_long_words=False, break_on_hyphens=False
-        )
-        lines += [(head if number == 0 else " " * margin) + line for number, line in enumerate(wrapped)]
+        wrapper.initial_indent = f"{finding.severity:<{first}}{finding.name}".ljust(margin)
+        lines += wrapper.wrap(one_line(finding.sentence))
     totals = [f"{sum(finding.severity == level for finding in findings)} {level}" for level in reversed(SEVERITIES)]
     return "\n".join([*lines, "", ", ".join(totals)])
 
 
 def render_evaluation(evaluation: Evaluation) -> str:
     """The evaluation as text for people; by output length and configuration the most telling figures alone."""
-    from lutest.judging.evaluate import BANDS
-
-    names = [_quantile_name(q) for q in evaluation.overall[0].coverage]
-    keys = list(dict.fromkeys(score.key for score in evaluation.by_key if score.key is not None))
+    n_keys = len({score.key for score in evaluation.by_key})
     clamped = f"; {count(evaluation.n_clamped, 'run')} clamped at zero decode" if evaluation.n_clamped else ""
-    lines = [f"{count(evaluation.n_runs, 'run')} of {count(len(keys), 'configuration')}, outliers kept{clamped}"]
-    lines += [f"  {count(n, 'run')} left out: {reason}" for reason, n in evaluation.left_out.items()]
-    lines += [f"warning: {warning}" for warning in evaluation.warnings]
+    names = [quantile_suffix(q).upper().replace("_", ".") for q in evaluation.overall[0].coverage]
     headers = ["", "n", "R²", "MAE ms", "MAPE %", "median %", "bias %"]
     headers += [f"pinball {name} ms" for name in names] + [f"≤ {name} %" for name in names]
     rows = [
         [
             score.stage,
             score.n,
-            _fixed(score.r_squared, 4),
-            _or_none(score.mae_ms),
-            *(_percent(value) for value in (score.mape, score.median_ape, score.bias)),
-            *map(_or_none, score.pinball_ms.values()),
+            f"{score.r_squared:.4f}" if math.isfinite(score.r_squared) else None,
+            plain(score.mae_ms),
+            *map(_percent, (score.mape, score.median_ape, score.bias)),
+            *map(plain, score.pinball_ms.values()),
             *map(_percent, score.coverage.values()),
         ]
         for score in evaluation.overall
     ]
     return "\n".join(
         [
-            *lines,
+            f"{count(evaluation.n_runs, 'run')} of {count(n_keys, 'configuration')}, outliers kept{clamped}",
+            *(f"  {count(n, 'run')} left out: {reason}" for reason, n in evaluation.left_out.items()),
+            *(f"warning: {warning}" for warning in evaluation.warnings),
             "",
-            _table(headers, rows),
+            format_table(headers, rows, figures=True),
             "",
-            _grouped("output tokens", evaluation.by_output_tokens, BANDS),
+            _grouped("output tokens", evaluation.by_output_tokens),
             "",
-            _grouped("configuration", evaluation.by_key, keys),
+            _grouped("configuration", evaluation.by_key),
             "",
             "R², MAE, MAPE, median error and bias: of P50; bias: the median, above 0 predicted too high;",
             "≤ P95 %: share of observations at or below the predicted P95",
@@ -109,56 +102,18 @@ def render_evaluation(evaluation: Evaluation) -> str:
     )
 
 
-def _grouped(title: str, scores: Sequence[Score], groups: Sequence[str | Key]) -> str:
+def _grouped(title: str, scores: Sequence[Score]) -> str:
     """One row a group: runs, and for each stage bias and coverage of P95."""
-    from lutest.judging.evaluate import STAGES
-
-    stages = [stage for stage in STAGES if any(score.stage == stage for score in scores)]
-    found = {(score.stage, score.key or score.output_tokens): score for score in scores}
+    stages = list(dict.fromkeys(score.stage for score in scores))
+    rows: dict[object, list[object]] = {}
+    for score in scores:  # prefill first, which every run has
+        name = " ".join(map(str, score.key)) if score.key else score.output_tokens
+        row = rows.setdefault(name, [name, score.n, *[None] * 2 * len(stages)])
+        place = 2 + 2 * stages.index(score.stage)
+        row[place : place + 2] = _percent(score.bias), _percent(score.coverage[0.95])
     headers = [title, "runs", *(header for stage in stages for header in (f"{stage} bias %", "≤ P95 %"))]
-    rows: list[list[object]] = []
-    for group in groups:
-        held = [found.get((stage, group)) for stage in stages]
-        if held[0] is None:  # every run has a prefill
-            continue
-        row: list[object] = [" ".join(map(str, group)) if isinstance(group, tuple) else group, held[0].n]
-        for score in held:
-            row += [_percent(score.bias), _percent(score.coverage[0.95])] if score is not None else [_NONE, _NONE]
-        rows.append(row)
-    return _table(headers, rows)
+    return format_table(headers, list(rows.values()), figures=True)
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table with texts of figures to the right, the first column apart."""
-    widths = [
-        max(len(cell) for cell in (header, *(row[place] for row in rows)) if isinstance(cell, str))
-        for place, header in enumerate(headers)
-    ]
-    aligned = [
-        [
-            row[0],
-            *(
-                cell.rjust(width) if isinstance(cell, str) else cell
-                for cell, width in zip(row[1:], widths[1:], strict=True)
-            ),
-        ]
-        for row in rows
-    ]
-    titles = [headers[0], *(header.rjust(width) for header, width in zip(headers[1:], widths[1:], strict=True))]
-    return format_table(titles, aligned)
-
-
-def _quantile_name(q: float) -> str:
-    return quantile_suffix(q).upper().replace("_", ".")
-
-
-def _percent(share: float) -> str:
-    return f"{round(100 * share, 1) + 0.0:.1f}" if math.isfinite(share) else _NONE
-
-
-def _fixed(value: float, decimals: int) -> str:
-    return f"{value:.{decimals}f}" if math.isfinite(value) else _NONE
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _percent(share: float) -> str | None:
+    return f"{round(100 * share, 1) + 0.0:.1f}" if math.isfinite(share) else None

@@ -14,8 +14,6 @@ from lutest.cli.arguments import Verb
 from lutest.cli.printing import one_line, print_json
 from lutest.reader.errors import LutestError
 
-__all__ = ["main"]
-
 VERBS = {
     held.name: held
     for group in (building, reading, judging, calibrating)

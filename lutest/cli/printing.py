@@ -7,10 +7,9 @@ import json
 import math
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["fitted_table", "format_table", "one_line", "print_json", "run_bar", "unique_names", "working"]
+from lutest.judging.finding import plain
 
 _NONE = "–"
 _SIGNIFICANT_DIGITS = 4
@@ -19,7 +18,7 @@ _GAP = "  "
 _LEAST_WIDTH = 8  # of a column that is cut
 
 
-def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, figures: bool = False) -> str:
     """Lay out a table with aligned columns.
 
     Parameters
@@ -29,30 +28,34 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
     rows : sequence of sequence
         Cells, as long as `headers`: None is shown as a dash; floats get as many decimals as their column needs;
         columns of numbers are aligned to the right.
+    figures : bool
+        Align texts to the right too, but for the first column.
 
     Returns
     -------
     str
         Lines without a newline at the end.
     """
-    return fitted_table(headers, rows, None)[0]
+    return fitted_table(headers, rows, None, figures=figures)[0]
 
 
-def fitted_table(headers: Sequence[str], rows: Sequence[Sequence[object]], width: int | None) -> tuple[str, bool]:
+def fitted_table(
+    headers: Sequence[str], rows: Sequence[Sequence[object]], width: int | None, *, figures: bool = False
+) -> tuple[str, bool]:
     """The table with columns of text cut so that its lines are at most as wide, if they can be; whether any was cut."""
-    columns, numeric = [], []
-    for index, header in enumerate(headers):
-        cells, is_numeric = _column(header, [row[index] for row in rows])
-        columns.append(cells)
-        numeric.append(is_numeric)
-    widths = [max(map(_width, cells)) for cells in columns]
-    most = _most_width(widths, numeric, width) if width is not None else max(widths)
-    is_cut = [not is_numeric and held > most for held, is_numeric in zip(widths, numeric, strict=True)]
-    columns = [
-        [_padded(_cut(cell, most) if cut else cell, most if cut else held, right=is_numeric) for cell in cells]
-        for cells, held, is_numeric, cut in zip(columns, widths, numeric, is_cut, strict=True)
+    columns, whole, right = [], [], []
+    for place, header in enumerate(headers):
+        cells, is_numeric = _column([row[place] for row in rows])
+        columns.append([one_line(header), *cells])
+        whole.append(max(map(_width, columns[-1])))
+        right.append(is_numeric or (figures and place > 0))
+    most = max(whole) if width is None else _most_width(whole, right, width)
+    widths = [held if is_right else min(held, most) for held, is_right in zip(whole, right, strict=True)]
+    padded = [
+        [_padded(cell, held, right=is_right) for cell in cells]
+        for cells, held, is_right in zip(columns, widths, right, strict=True)
     ]
-    return "\n".join(_GAP.join(cells).rstrip() for cells in zip(*columns, strict=True)), any(is_cut)
+    return "\n".join(_GAP.join(cells).rstrip() for cells in zip(*padded, strict=True)), widths != whole
 
 
 def one_line(text: object) -> str:
@@ -65,7 +68,7 @@ def one_line(text: object) -> str:
 
 def print_json(value: object) -> None:
     """Print a value as JSON; NaN and infinities are null, values of types that JSON has not are text."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    print(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False, default=str))
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
@@ -123,38 +126,19 @@ def run_bar(minutes: float | None) -> Iterator[Callable[[int, int], None] | None
         yield show
 
 
-def _finite(value: object) -> object:
-    """The value in numbers that JSON has, null for those that it has not."""
-    if isinstance(value, Decimal):
-        value = float(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
-
-
-def _column(header: str, values: Sequence[object]) -> tuple[list[str], bool]:
-    """The cells of a column, and whether they are numbers."""
-    present = [value for value in values if value is not None]
-    numeric = bool(present) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in present)
-    if numeric and any(isinstance(value, float) for value in present):
-        cells = _decimals([float(value) if isinstance(value, int | float) else None for value in values])
-    else:
-        cells = [_NONE if value is None else one_line(value) for value in values]
-    return [one_line(header), *cells], numeric
-
-
-def _decimals(values: Sequence[float | None]) -> list[str]:
-    """Write numbers of one column with the same number of decimals, four digits for the middle one."""
-    sizes = sorted(abs(value) for value in values if value is not None and math.isfinite(value) and value != 0)
+def _column(values: Sequence[object]) -> tuple[list[str], bool]:
+    """The cells of a column, floats with the same number of decimals, and whether they are numbers."""
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if not numbers or len(numbers) < sum(value is not None for value in values):
+        return [_NONE if value is None else one_line(value) for value in values], False
+    if all(isinstance(number, int) for number in numbers):
+        return [_NONE if value is None else str(value) for value in values], True
+    sizes = sorted(abs(number) for number in numbers if math.isfinite(number) and number != 0)
     decimals = 0
-    if sizes:
+    if sizes:  # four digits for the middle one
         magnitude = math.floor(math.log10(sizes[len(sizes) // 2]))
         decimals = min(max(_SIGNIFICANT_DIGITS - 1 - magnitude, 0), _MOST_DECIMALS)
-    return [_NONE if value is None else f"{value:.{decimals}f}" for value in values]
+    return [_NONE if value is None else f"{value:.{decimals}f}" for value in values], True
 
 
 def _most_width(widths: Sequence[int], numeric: Sequence[bool], width: int) -> int:
@@ -163,15 +147,6 @@ def _most_width(widths: Sequence[int], numeric: Sequence[bool], width: int) -> i
     left = width - len(_GAP) * (len(widths) - 1) - sum(widths) + sum(texts)
     widest = range(min(max(texts, default=0), left), _LEAST_WIDTH, -1)
     return next((most for most in widest if sum(min(held, most) for held in texts) <= left), _LEAST_WIDTH)
-
-
-def _cut(text: str, most: int) -> str:
-    if _width(text) <= most:
-        return text
-    kept = text[: most - 1]
-    while _width(kept) > most - 1:
-        kept = kept[:-1]
-    return f"{kept}…"
 
 
 def _width(text: str) -> int:
@@ -183,5 +158,11 @@ def _width(text: str) -> int:
 
 
 def _padded(text: str, width: int, *, right: bool) -> str:
+    """The text in as many columns, cut where it takes more."""
+    if _width(text) > width:
+        text = text[: width - 1]
+        while _width(text) > width - 1:
+            text = text[:-1]
+        text = f"{text}…"
     gap = " " * (width - _width(text))
     return gap + text if right else text + gap

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lutest
 from lutest.cli.arguments import JSON, TABLE, Answer, argument, given_key, given_prompt_tokens, verb
 from lutest.cli.printing import fitted_table, format_table, one_line, print_json, unique_names
-from lutest.judging.finding import count
+from lutest.judging.finding import count, records
 from lutest.reader.errors import ArgumentError
 from lutest.reader.names import quote
 
 if TYPE_CHECKING:
-    import duckdb
-
     from lutest.reader.table import LatencyTable
-
-__all__ = ["count_runs", "feasible", "format_key_table", "info", "lookup", "read_key_records", "sql"]
 
 _LEAST_RUNS_FOR_BOUND = 59  # fewer runs have no distribution-free 95 % upper bound of a P95
 _MOST_VALUES_SHOWN = 12
@@ -35,33 +29,29 @@ def info(arguments: argparse.Namespace) -> Answer:
     """Say what a table is and holds."""
     table = lutest.load(arguments.table)  # says what is wrong with a file that is no table
     meta = table.meta
-    with _open_table(table.path) as connection:
-        sources = _records(connection, "SELECT path, rows_read, rows_used, rows_rejected FROM sources ORDER BY path")
-        rejected = connection.execute(
-            "SELECT reason, count(*) AS n FROM rejected_runs GROUP BY reason ORDER BY n DESC, reason"
-        ).fetchall()
+    sources = _query(table, "SELECT path, rows_read, rows_used, rows_rejected FROM sources ORDER BY path")
+    reasons = _query(table, "SELECT reason, count(*) AS n FROM rejected_runs GROUP BY reason ORDER BY n DESC, reason")
+    rejected = {reason["reason"]: reason["n"] for reason in reasons}
     keys = read_key_records(table)
     for key in keys:
         key["runs_wanted"] = max(0, _LEAST_RUNS_FOR_BOUND - key["n"])
-    content = {"path": arguments.table, "meta": meta, "key_columns": list(table.key_columns), "keys": keys}
-    facts = [
-        ("table", arguments.table),
-        ("model", _names(meta.get("model"))),
-        ("device", _names(meta.get("device"))),
-        *_mixed_facts(meta),
-        (
-            "built",
-            f"{meta.get('built_at')} by lutest {meta.get('lutest_version')}, DuckDB {meta.get('duckdb_version')}",
-        ),
-        ("schema version", meta.get("schema_version")),
-        ("content hash", meta.get("content_hash")),
-        *_parent_facts(meta),
-        ("quantiles", ", ".join(map(str, table.quantiles))),
-        *((f"key: {name}", _values(table, place)) for place, name in enumerate(table.key_columns)),
-        ("sources", f"{count(len(sources), 'file')}: {count_runs(sources)}"),
-        ("rejected", ", ".join(f"{n:,} {reason}" for reason, n in rejected) or "none"),
-    ]
-    lines = [f"{one_line(title):<15} {one_line(value)}" for title, value in facts]
+    mixed = [f"{len(names)} {what}s" for what, names in json.loads(meta.get("mixed", "{}")).items() if names]
+    parent, n_runs = meta.get("parent_content_hash"), json.loads(meta.get("calibration", "{}")).get("n_runs", 0)
+    facts = {
+        "table": arguments.table,
+        "model": _names(meta.get("model")),
+        "device": _names(meta.get("device")),
+        "mixed": mixed and f"runs of {' and '.join(mixed)} share figures: built with --mixed",
+        "built": f"{meta.get('built_at')} by lutest {meta.get('lutest_version')}, DuckDB {meta.get('duckdb_version')}",
+        "schema version": meta.get("schema_version"),
+        "content hash": meta.get("content_hash"),
+        "calibrated": parent and f"with {count(n_runs, 'run')} from the table {parent}",
+        "quantiles": ", ".join(map(str, table.quantiles)),
+        **{f"key: {name}": _values(table, place) for place, name in enumerate(table.key_columns)},
+        "sources": f"{count(len(sources), 'file')}: {count_runs(sources)}",
+        "rejected": ", ".join(f"{n:,} {reason}" for reason, n in rejected.items()) or "none",
+    }
+    lines = [f"{one_line(title):<15} {one_line(value)}" for title, value in facts.items() if value]
     lines += ["", format_key_table(table.key_columns, keys, upper=True)]
     thin = [key for key in keys if key["runs_wanted"]]
     if thin:
@@ -69,7 +59,8 @@ def info(arguments: argparse.Namespace) -> Answer:
     for key in thin:
         name = " ".join(str(key[part]) for part in table.key_columns)
         lines.append(f"  {one_line(name)}: {count(key['n'], 'run')}, {key['runs_wanted']} more wanted")
-    return Answer({**content, "sources": sources, "rejected": dict(rejected)}, lines)
+    content = {"path": arguments.table, "meta": meta, "key_columns": list(table.key_columns), "keys": keys}
+    return Answer({**content, "sources": sources, "rejected": rejected}, lines)
 
 
 def _values(table: LatencyTable, place: int) -> str:
@@ -79,54 +70,33 @@ def _values(table: LatencyTable, place: int) -> str:
 
 
 def _names(value: str | None) -> str:
-    return "; ".join(map(str, json.loads(value))) if value not in (None, "[]") else "not said by the runs"
+    return "; ".join(map(str, json.loads(value or "[]"))) or "not said by the runs"
 
 
-def _mixed_facts(meta: Mapping[str, str]) -> list[tuple[str, str]]:
-    """What shares figures, on purpose, though it is not the same."""
-    mixed = json.loads(meta.get("mixed", "{}"))
-    shared = " and ".join(f"{len(names)} {what}s" for what, names in mixed.items() if names)
-    return [("mixed", f"runs of {shared} share figures: built with --mixed")] if shared else []
-
-
-def _parent_facts(meta: Mapping[str, str]) -> list[tuple[str, str]]:
-    """What a calibrated table came from: its sources are those of the parent."""
-    if "parent_content_hash" not in meta:
-        return []
-    n_runs = json.loads(meta.get("calibration", "{}")).get("n_runs")
-    return [("calibrated", f"with {count(n_runs or 0, 'run')} from the table {meta['parent_content_hash']}")]
-
-
-@contextlib.contextmanager
-def _open_table(path: str | os.PathLike[str]) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Connect to a table file, read-only; what DuckDB says of it names the file."""
+def _query(table: LatencyTable, query: str) -> list[dict[str, Any]]:
+    """Rows of a query on a table's file, by column; what DuckDB says of it names the file."""
     from lutest.tablefile.sql import connect, database_errors
 
-    with connect(path) as connection, database_errors(f"{path}: cannot be read as a latency table: "):
-        yield connection
-
-
-def _records(connection: duckdb.DuckDBPyConnection, query: str) -> list[dict[str, Any]]:
-    """Rows of a query, by column."""
-    cursor = connection.execute(query)
-    names = [column[0] for column in cursor.description or ()]
-    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+    with (
+        connect(table.path) as connection,
+        database_errors(f"{table.path}: cannot be read as a latency table: "),
+    ):
+        return records(connection, query)
 
 
 def read_key_records(table: LatencyTable) -> list[dict[str, Any]]:
     """One record per configuration of a table file, in the order of its keys."""
     key = ", ".join(map(quote, table.key_columns))
-    with _open_table(table.path) as connection:
-        return _records(
-            connection,
-            f"""
-            SELECT configs.*, kv_len_min, kv_len_max
-            FROM configs LEFT JOIN (
-                SELECT {key}, min(kv_len) AS kv_len_min, max(kv_len) AS kv_len_max FROM decode_curve GROUP BY {key}
-            ) AS ranges USING ({key})
-            ORDER BY {key}
-            """,
-        )
+    return _query(
+        table,
+        f"""
+        SELECT configs.*, kv_len_min, kv_len_max
+        FROM configs LEFT JOIN (
+            SELECT {key}, min(kv_len) AS kv_len_min, max(kv_len) AS kv_len_max FROM decode_curve GROUP BY {key}
+        ) AS ranges USING ({key})
+        ORDER BY {key}
+        """,
+    )
 
 
 def format_key_table(key_columns: Sequence[str], keys: Sequence[Mapping[str, Any]], *, upper: bool) -> str:
@@ -135,8 +105,7 @@ def format_key_table(key_columns: Sequence[str], keys: Sequence[Mapping[str, Any
     if upper:
         shown["P95 at most"] = "prefill_p95_upper_ms"
     shown |= {"step P50": "decode_step_p50_ms", "step P95": "decode_step_p95_ms"}
-    headers = list(shown)
-    rows = [[key[name] for name in shown.values()] for key in keys]
+    headers, rows = list(shown), [[key[name] for name in shown.values()] for key in keys]
     if upper:
         headers += ["prompt tokens", "KV length"]
         for row, key in zip(rows, keys, strict=True):
@@ -147,9 +116,8 @@ def format_key_table(key_columns: Sequence[str], keys: Sequence[Mapping[str, Any
 
 def count_runs(sources: Sequence[Mapping[str, Any]]) -> str:
     """Runs read, used and rejected, over all sources."""
-    read, used, rejected = (
-        sum(source[name] for source in sources) for name in ("rows_read", "rows_used", "rows_rejected")
-    )
+    names = ("rows_read", "rows_used", "rows_rejected")
+    read, used, rejected = (sum(source[name] for source in sources) for name in names)
     return f"{count(read, 'run')} read, {used:,} used, {rejected:,} rejected"
 
 
@@ -160,9 +128,7 @@ def count_runs(sources: Sequence[Mapping[str, Any]]) -> str:
     argument("--prompt-tokens", type=int, metavar="P", help="vision + text tokens (default: as measured)"),
     argument("--output-tokens", type=int, default=1, metavar="N", help="output tokens (default: 1, no decode)"),
     argument("--budget-ms", type=float, metavar="B", help="also: how many output tokens fit"),
-    argument(
-        "-q", type=float, metavar="Q", help="quantile of the table (default: 0.5, and 0.95 for what fits a budget)"
-    ),
+    argument("-q", type=float, metavar="Q", help="quantile (default: 0.5, and 0.95 for what fits a budget)"),
     argument("--missing", choices=("error", "interpolate"), default="error", help="fill in what is not held"),
     JSON,
 )
@@ -195,9 +161,7 @@ def lookup(arguments: argparse.Namespace) -> Answer:
     argument("--prefill-share", type=float, default=0.8, metavar="S", help="of the budget (default: 0.8)"),
     argument("-q", type=float, metavar="Q", help="quantile of the table (default: 0.95)"),
     argument("--margin", type=float, default=0.0, metavar="M", help="0.1: estimate × 1.1 must fit"),
-    argument(
-        "--p-at-least", type=float, metavar="P", help="totals must fit with this probability, over output lengths"
-    ),
+    argument("--p-at-least", type=float, metavar="P", help="totals must fit with that probability"),
     argument("--by", choices=("expected",), help="the mean total over output lengths must fit"),
     argument("--workload", metavar="NAME", help="whose output lengths (default: all of the table)"),
     JSON,
@@ -206,18 +170,10 @@ def feasible(arguments: argparse.Namespace) -> Answer:
     """List configurations that fit a budget."""
     table = lutest.load(arguments.table)
     prompt_tokens = given_prompt_tokens(table, arguments.prompt_tokens)
-    budget_ms, output_tokens, workload = arguments.budget_ms, arguments.output_tokens, arguments.workload
-    keys = table.feasible(
-        budget_ms,
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
-        prefill_share=arguments.prefill_share,
-        q=arguments.q,
-        margin=arguments.margin,
-        p_at_least=arguments.p_at_least,
-        by=arguments.by,
-        workload=workload,
-    )
+    names = ("budget_ms", "output_tokens", "prefill_share", "q", "margin", "p_at_least", "by", "workload")
+    options = {name: getattr(arguments, name) for name in names}
+    keys = table.feasible(prompt_tokens=prompt_tokens, **options)
+    budget_ms, workload = arguments.budget_ms, arguments.workload
     q = _BUDGET_Q if arguments.q is None else arguments.q
     found = []
     for key in keys:
@@ -227,8 +183,8 @@ def feasible(arguments: argparse.Namespace) -> Answer:
             prompt = lengths[key[table.key_columns.index(column)]]
         record = {**dict(zip(table.key_columns, key, strict=True)), "n": entry.n}
         record["prefill_ms"] = entry.prefill_ms(prompt, q)
-        if output_tokens is not None:
-            record["total_ms"] = entry.total_ms(prompt, output_tokens, q)
+        if arguments.output_tokens is not None:
+            record["total_ms"] = entry.total_ms(prompt, arguments.output_tokens, q)
         if arguments.p_at_least is not None:
             record["p_within"] = entry.p_within(budget_ms, prompt, workload)
         if arguments.by is not None:

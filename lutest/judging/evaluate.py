@@ -27,7 +27,6 @@ from lutest.runs.sources import Source
 from lutest.runs.work import work_database
 from lutest.tablefile.sql import connect
 
-STAGES = ("prefill", "decode step", "decode total", "total")
 BANDS = ("1", "2", "3–5", "6–10", "11–20", "21–50", "51+")  # output tokens
 
 _BAND_ENDS = np.array([1, 2, 5, 10, 20, 50])  # of BANDS but the last
@@ -48,7 +47,7 @@ class Score:
     Attributes
     ----------
     stage : str
-        One of `STAGES`.
+        ``prefill``, ``decode step``, ``decode total`` or ``total``.
     key : tuple or None
         The configuration; None for all.
     output_tokens : str or None
