@@ -246,8 +246,8 @@ TABLES: dict[str, Table] = {
 MOST_KEY_COLUMNS = 8
 # What a view and searches say of a configuration, and what macros and methods call their arguments.
 _TAKEN = (
-    "accuracy", "budget_ms", "by", "latency_ms", "margin", "missing", "n_decode_runs", "n_decode_steps", "output_tokens",
-    "p_at_least", "prefill_share", "prompt_tokens_by", "q", "quality", "self",
+    "accuracy", "budget_ms", "by", "latency_ms", "margin", "missing", "n_decode_runs", "n_decode_steps",
+    "output_tokens", "p_at_least", "prefill_share", "prompt_tokens_by", "q", "quality", "self",
 )  # fmt: skip
 _OF_A_QUANTILE = re.compile(r"(prefill_|decode_step_)?p\d+(_\d+)?_(upper_ms|ms|ratio|correlation)")
 

@@ -79,7 +79,11 @@ def connect(
     if not unsafe:
         config.update(_LOCKED)
     try:
-        return duckdb.connect(os.path.abspath(path), read_only=True, config=config)
+        connection = duckdb.connect(os.path.abspath(path), read_only=True, config=config)
+        if not unsafe and duckdb.__version__.startswith("1."):
+            # Its lock of the configuration leaves logs out, and one into a file that it may not write ends the process.
+            connection.execute("CREATE TEMP MACRO enable_logging() AS TABLE SELECT error('logs are not available')")
+        return connection
     except (duckdb.ParserException, duckdb.InvalidInputException) as error:
         if memory_limit is None:
             raise TableError(f"{path}: cannot be opened: {_first_line(error)}") from error

@@ -64,6 +64,7 @@ REFUSED = (
     "PRAGMA profiling_output = '{outside}/profile.json'",
     "SET log_query_path = '{outside}/log'",
     "CALL enable_logging(storage = 'file', storage_path = '{outside}')",
+    "CALL enable_logging(storage = 'file', storage_path = '{outside}'); SELECT 1",
     "CREATE TEMP TABLE mine AS FROM read_csv('{outside}/secret.csv')",
     "CREATE MACRO mine() AS 1",
     "CREATE VIEW mine AS SELECT 1",
