@@ -191,23 +191,16 @@ class _Sql:
         q = {"q": repr(ESTIMATE_QUANTILE)}
         run = ("prompt_tokens", "output_tokens")
         of_runs = {"prompt_tokens": "NULL", "workload": "NULL"}
-        over = "over the output lengths of a workload, or of all together"
+        within = "Probability that a total keeps to a budget, over the output lengths of a workload, or of all together"
+        mean = "Mean of prefill + decode over the output lengths of a workload, or of all together, ms"
         return [
             ("MACRO", "normal_share", _NORMAL_SHARE, "Share of a normal distribution below a score"),
-            *self._estimate(
-                "prefill_ms", ("prompt_tokens",), q, self._prefill_ms(), "Quantile q of prefill at a prompt length, ms"
-            ),
-            *self._estimate(
-                "decode_step_ms", ("kv_len",), q, self._step_ms(), "Quantile q of a step at a KV length, ms"
-            ),
+            *self._estimate("prefill_ms", ("prompt_tokens",), q, self._prefill_ms(), "Quantile q of prefill, ms"),
+            *self._estimate("decode_step_ms", ("kv_len",), q, self._step_ms(), "Quantile q of a decode step, ms"),
             *self._estimate("decode_ms", run, q, self._decode_ms(), "Quantile q of all after the first token, ms"),
             *self._estimate("total_ms", run, q, self._total_ms(), "Quantile q of prefill + decode, ms"),
-            *self._estimate(
-                "p_within", ("budget_ms",), of_runs, self._p_within(), f"Probability that a total fits a budget, {over}"
-            ),
-            *self._estimate(
-                "expected_total_ms", (), of_runs, self._expected_total_ms(), f"Mean of prefill + decode {over}, ms"
-            ),
+            *self._estimate("p_within", ("budget_ms",), of_runs, self._p_within(), within),
+            *self._estimate("expected_total_ms", (), of_runs, self._expected_total_ms(), mean),
         ]
 
     def _estimate(
@@ -321,34 +314,22 @@ class _Sql:
     # searches
 
     def searches(self) -> list[Object]:
-        named = {
-            "prompt_tokens": "NULL",
-            "output_tokens": "NULL",
-            "prefill_share": repr(PREFILL_SHARE),
-            "q": "NULL",
-            "margin": "0.0",
-            "prompt_tokens_by": "NULL",
-            "p_at_least": "NULL",
-            '"by"': "NULL",
-            "workload": "NULL",
-        }
-        parameters = f"(budget_ms, {', '.join(f'{name} := {value}' for name, value in named.items())}) AS TABLE"
-        feasible = f"feasible(budget_ms, {', '.join(f'{name} := {name}' for name in named)})"
+        defaults = (
+            f"prompt_tokens := NULL, output_tokens := NULL, prefill_share := {PREFILL_SHARE!r}, q := NULL"
+            ', margin := 0.0, prompt_tokens_by := NULL, p_at_least := NULL, "by" := NULL, workload := NULL'
+        )
+        parameters = f"(budget_ms, {defaults}) AS TABLE"
+        passed_on = ", ".join("{0} := {0}".format(default.split(" := ")[0]) for default in defaults.split(", "))
+        fits = (
+            "Configurations that fit a budget: prefill its share of it; given output_tokens, the total at q; over the "
+            "table's output lengths, the total with probability p_at_least, or its mean: by := 'expected'"
+        )
+        best = "The feasible configuration of the highest accuracy on a workload; of equals, the fastest"
+        lengths = "Prompt length of a request per configuration"
         return [
-            ("MACRO TABLE", "prompt_lengths", self._prompt_lengths(), "Prompt length of a request per configuration"),
-            (
-                "MACRO TABLE",
-                "feasible",
-                parameters + self._feasible(),
-                "Configurations that fit a budget: prefill its share of it; given output_tokens, the total at q; over "
-                "the table's output lengths, the total with probability p_at_least, or its mean: by := 'expected'",
-            ),
-            (
-                "MACRO TABLE",
-                "best",
-                parameters + self._best(feasible),
-                "The feasible configuration of the highest accuracy on a workload; of equals, the fastest",
-            ),
+            ("MACRO TABLE", "prompt_lengths", self._prompt_lengths(), lengths),
+            ("MACRO TABLE", "feasible", parameters + self._feasible(), fits),
+            ("MACRO TABLE", "best", parameters + self._best(f"feasible(budget_ms, {passed_on})"), best),
         ]
 
     def _prompt_lengths(self) -> str:

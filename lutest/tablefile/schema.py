@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lutest.reader.errors import ConfigError, TableError
 from lutest.reader.figures import KeyColumn
@@ -20,9 +20,98 @@ __all__ = ["STORAGE_VERSION", "TABLES", "Column", "Table", "refuse_key_names", "
 STORAGE_VERSION = "v1.2.0"
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column; one with ``{q}`` in its name stands for one column per quantile of the build."""
+# A table with the columns that order its rows, then its columns, with comments; lines indented further carry one on.
+# {key} stands for the key columns, and a column with {q} in its name for one per quantile of the build.
+_SCHEMA = """
+prefill ({key}): Prefill latency (vision + projector + LLM prefill) per configuration, all prompts together
+    {key}
+    n BIGINT: Accepted runs
+    {q}_ms DOUBLE: {q} of prefill_ms (Hyndman-Fan type 7)
+    p95_upper_ms DOUBLE: Distribution-free 95 % upper confidence bound of P95; NULL below 59 runs
+    mean_ms DOUBLE: Mean of prefill_ms
+    std_ms DOUBLE: Sample standard deviation of prefill_ms; NULL for one run
+    min_ms DOUBLE: Least prefill_ms
+    max_ms DOUBLE: Largest prefill_ms
+    prompt_tokens_p50 BIGINT: Median prompt_tokens: stands in for a prompt length not given
+    prompt_tokens_min BIGINT: Least prompt_tokens
+    prompt_tokens_max BIGINT: Largest prompt_tokens
+prefill_curve ({key}, prompt_tokens): Prefill latency over prompt length: knots of a piecewise-linear curve
+    {key}
+    prompt_tokens BIGINT: Vision + text tokens in the KV cache after prefill
+    n BIGINT: Runs whose nearest knot this is
+    {q}_ms DOUBLE: {q} of prefill_ms at this prompt length
+    source VARCHAR: measured: runs stand at this place; interpolated: between such places; extrapolated: beyond them;
+        calibrated: carried over from another device or state of the machine
+decode ({key}): Latency of one decode step per configuration, all KV lengths together
+    {key}
+    n BIGINT: Accepted runs of two tokens or more
+    n_steps BIGINT: Their decode steps, output_tokens - 1 each
+    n_clamped BIGINT: Runs among n whose decode_ms was clamped at zero
+    {q}_ms DOUBLE: {q} of a decode step; over timed steps where there are any, else over the fitted curve
+    p95_upper_ms DOUBLE: Distribution-free 95 % upper confidence bound of P95; NULL below 59 runs with timed steps
+    mean_ms DOUBLE: Mean of a timed decode step; without timed steps, all decode time over all steps, p50_ms if all of
+        that was clamped at zero
+    std_ms DOUBLE: Sample standard deviation of a timed decode step; NULL without timed steps
+    steps VARCHAR: timed: every step was measured; totals: recovered from decode_ms of whole runs
+decode_curve ({key}, kv_len): Latency of a decode step over KV length: knots of a piecewise-linear curve
+    {key}
+    kv_len BIGINT: KV length that the step attends over: prompt_tokens + i for step i
+    n BIGINT: Decode steps whose nearest knot this is
+    {q}_ms DOUBLE: {q} of the step at this KV length
+    p50_sum_ms DOUBLE: Sum of the P50 curve over KV lengths 1 to this one
+    source VARCHAR: measured: runs stand at this place; interpolated: between such places; extrapolated: beyond them;
+        calibrated: carried over from another device or state of the machine
+decode_total ({key}, decode_steps): Quantiles of decode_ms as ratios to the sum of its P50 steps, over the number of
+        steps
+    {key}
+    decode_steps BIGINT: Number of decode steps, output_tokens - 1
+    n BIGINT: Runs whose nearest knot this is
+    {q}_ratio DOUBLE: {q} of decode_ms divided by the sum of the P50 curve over its steps
+    source VARCHAR: measured: runs stand at this place; interpolated: between such places; extrapolated: beyond them;
+        calibrated: carried over from another device or state of the machine
+total ({key}): How the deviations of prefill and decode from their P50 combine in a total
+    {key}
+    n BIGINT: Runs behind the figures
+    {q}_correlation DOUBLE: c in sqrt(a^2 + d^2 + 2 c a d), the deviation of {q} of a total; a, d: of prefill and
+        decode
+output_length (workload, output_tokens): How many accepted runs produced how many tokens
+    workload VARCHAR: What the requests were
+    output_tokens BIGINT: Generated tokens, end of sequence included
+    n BIGINT: Accepted runs
+quality ({key}, workload): Accuracy of the runs that carry one
+    {key}
+    workload VARCHAR: What the requests were
+    n BIGINT: Accepted runs with an accuracy
+    accuracy DOUBLE: Mean accuracy
+    accuracy_lower DOUBLE: Lower end of its 95 % confidence interval; NULL for one run
+    accuracy_upper DOUBLE: Upper end of its 95 % confidence interval; NULL for one run
+sources (source_id): The files and frames that the table was built from
+    source_id INTEGER: Number of the source
+    path VARCHAR: Path as given to the build
+    sha256 VARCHAR: SHA-256 of the content
+    rows_read BIGINT: Runs found
+    rows_used BIGINT: Runs that the table rests on
+    rows_rejected BIGINT: Runs left out, each with a row in rejected_runs
+rejected_runs (source_id, row): Every run that was read and not used, and why
+    source_id INTEGER: Source of the run
+    row BIGINT: Place of the run in its source, from 1
+    reason VARCHAR: Short name of the reason
+    detail VARCHAR: The value at fault and what would be right
+    {key}
+    workload VARCHAR: What the request was
+    prompt_tokens BIGINT: Prompt length, as far as it could be read
+    output_tokens BIGINT: Generated tokens, as far as they could be read
+    prefill_ms DOUBLE: Prefill latency, as far as it could be read
+    decode_ms DOUBLE: Decode latency, as far as it could be read
+    total_ms DOUBLE: Total latency, as far as it could be read
+meta (key): What the table is, what it was built from and with
+    key VARCHAR: Name
+    value VARCHAR: Value, as text or JSON
+"""
+
+
+class Column(NamedTuple):
+    """A column of a table."""
 
     name: str
     type: str
@@ -31,7 +120,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the file; `_KEY` among its columns stands for the key columns."""
+    """A table of the file."""
 
     name: str
     comment: str
@@ -42,206 +131,35 @@ class Table:
         """Columns with the key columns in place of the key, and one per quantile in place of each ``{q}``."""
         expanded: list[Column] = []
         for column in self.columns:
-            if column is _KEY:
+            if column.name == "{key}":
                 expanded += [Column(key.name, key.type, f"Of the configuration, a {key.kind}") for key in key_columns]
-            elif "{q}" in column.name:
-                for q in quantiles:
-                    suffix = quantile_suffix(q)
-                    comment = column.comment.replace("{q}", suffix.upper().replace("_", "."))
-                    expanded.append(Column(column.name.replace("{q}", suffix), column.type, comment))
-            else:
-                expanded.append(column)
+                continue
+            suffixes = [quantile_suffix(q) for q in quantiles] if "{q}" in column.name else [""]
+            for suffix in suffixes:
+                comment = column.comment.replace("{q}", suffix.upper().replace("_", "."))
+                expanded.append(Column(column.name.replace("{q}", suffix), column.type, comment))
         return tuple(expanded)
 
     def ordered_by(self, key_columns: Sequence[KeyColumn]) -> tuple[str, ...]:
         """Columns that its rows are ordered by."""
         names = [key.name for key in key_columns]
-        return tuple(name for held in self.order for name in (names if held == _KEY.name else [held]))
+        return tuple(name for held in self.order for name in (names if held == "{key}" else [held]))
 
 
-_KEY = Column("{key}", "", "")  # stands for the key columns
-_SOURCE = Column(
-    "source",
-    "VARCHAR",
-    "measured: runs stand at this place; interpolated: between such places; extrapolated: beyond them; calibrated: "
-    "carried over from another device or state of the machine",
-)
+def _parsed(text: str) -> Iterator[Table]:
+    for block in re.split(r"\n(?=\w)", re.sub(r"\n {8}", " ", text.strip())):
+        head, *lines = block.splitlines()
+        names, comment = head.split(": ", 1)
+        name, order = names.rstrip(")").split(" (")
+        columns = []
+        for line in lines:
+            described, _, said = line.strip().partition(": ")
+            column, _, kind = described.partition(" ")
+            columns.append(Column(column, kind, said))
+        yield Table(name, comment, tuple(columns), tuple(order.split(", ")))
 
-TABLES: dict[str, Table] = {
-    table.name: table
-    for table in (
-        Table(
-            "prefill",
-            "Prefill latency (vision + projector + LLM prefill) per configuration, all prompts together",
-            (
-                _KEY,
-                Column("n", "BIGINT", "Accepted runs"),
-                Column("{q}_ms", "DOUBLE", "{q} of prefill_ms (Hyndman-Fan type 7)"),
-                Column(
-                    "p95_upper_ms",
-                    "DOUBLE",
-                    "Distribution-free 95 % upper confidence bound of P95; NULL below 59 runs",
-                ),
-                Column("mean_ms", "DOUBLE", "Mean of prefill_ms"),
-                Column("std_ms", "DOUBLE", "Sample standard deviation of prefill_ms; NULL for one run"),
-                Column("min_ms", "DOUBLE", "Least prefill_ms"),
-                Column("max_ms", "DOUBLE", "Largest prefill_ms"),
-                Column("prompt_tokens_p50", "BIGINT", "Median prompt_tokens: stands in for a prompt length not given"),
-                Column("prompt_tokens_min", "BIGINT", "Least prompt_tokens"),
-                Column("prompt_tokens_max", "BIGINT", "Largest prompt_tokens"),
-            ),
-            (_KEY.name,),
-        ),
-        Table(
-            "prefill_curve",
-            "Prefill latency over prompt length: knots of a piecewise-linear curve",
-            (
-                _KEY,
-                Column("prompt_tokens", "BIGINT", "Vision + text tokens in the KV cache after prefill"),
-                Column("n", "BIGINT", "Runs whose nearest knot this is"),
-                Column("{q}_ms", "DOUBLE", "{q} of prefill_ms at this prompt length"),
-                _SOURCE,
-            ),
-            (_KEY.name, "prompt_tokens"),
-        ),
-        Table(
-            "decode",
-            "Latency of one decode step per configuration, all KV lengths together",
-            (
-                _KEY,
-                Column("n", "BIGINT", "Accepted runs of two tokens or more"),
-                Column("n_steps", "BIGINT", "Their decode steps, output_tokens - 1 each"),
-                Column("n_clamped", "BIGINT", "Runs among n whose decode_ms was clamped at zero"),
-                Column(
-                    "{q}_ms",
-                    "DOUBLE",
-                    "{q} of a decode step; over timed steps where there are any, else over the fitted curve",
-                ),
-                Column(
-                    "p95_upper_ms",
-                    "DOUBLE",
-                    "Distribution-free 95 % upper confidence bound of P95; NULL below 59 runs with timed steps",
-                ),
-                Column(
-                    "mean_ms",
-                    "DOUBLE",
-                    "Mean of a timed decode step; without timed steps, all decode time over all steps, p50_ms if "
-                    "all of that was clamped at zero",
-                ),
-                Column(
-                    "std_ms", "DOUBLE", "Sample standard deviation of a timed decode step; NULL without timed steps"
-                ),
-                Column(
-                    "steps", "VARCHAR", "timed: every step was measured; totals: recovered from decode_ms of whole runs"
-                ),
-            ),
-            (_KEY.name,),
-        ),
-        Table(
-            "decode_curve",
-            "Latency of a decode step over KV length: knots of a piecewise-linear curve",
-            (
-                _KEY,
-                Column("kv_len", "BIGINT", "KV length that the step attends over: prompt_tokens + i for step i"),
-                Column("n", "BIGINT", "Decode steps whose nearest knot this is"),
-                Column("{q}_ms", "DOUBLE", "{q} of the step at this KV length"),
-                Column("p50_sum_ms", "DOUBLE", "Sum of the P50 curve over KV lengths 1 to this one"),
-                _SOURCE,
-            ),
-            (_KEY.name, "kv_len"),
-        ),
-        Table(
-            "decode_total",
-            "Quantiles of decode_ms as ratios to the sum of its P50 steps, over the number of steps",
-            (
-                _KEY,
-                Column("decode_steps", "BIGINT", "Number of decode steps, output_tokens - 1"),
-                Column("n", "BIGINT", "Runs whose nearest knot this is"),
-                Column("{q}_ratio", "DOUBLE", "{q} of decode_ms divided by the sum of the P50 curve over its steps"),
-                _SOURCE,
-            ),
-            (_KEY.name, "decode_steps"),
-        ),
-        Table(
-            "total",
-            "How the deviations of prefill and decode from their P50 combine in a total",
-            (
-                _KEY,
-                Column("n", "BIGINT", "Runs behind the figures"),
-                Column(
-                    "{q}_correlation",
-                    "DOUBLE",
-                    "c in sqrt(a^2 + d^2 + 2 c a d), the deviation of {q} of a total; a, d: of prefill and decode",
-                ),
-            ),
-            (_KEY.name,),
-        ),
-        Table(
-            "output_length",
-            "How many accepted runs produced how many tokens",
-            (
-                Column("workload", "VARCHAR", "What the requests were"),
-                Column("output_tokens", "BIGINT", "Generated tokens, end of sequence included"),
-                Column("n", "BIGINT", "Accepted runs"),
-            ),
-            ("workload", "output_tokens"),
-        ),
-        Table(
-            "quality",
-            "Accuracy of the runs that carry one",
-            (
-                _KEY,
-                Column("workload", "VARCHAR", "What the requests were"),
-                Column("n", "BIGINT", "Accepted runs with an accuracy"),
-                Column("accuracy", "DOUBLE", "Mean accuracy"),
-                Column("accuracy_lower", "DOUBLE", "Lower end of its 95 % confidence interval; NULL for one run"),
-                Column("accuracy_upper", "DOUBLE", "Upper end of its 95 % confidence interval; NULL for one run"),
-            ),
-            (_KEY.name, "workload"),
-        ),
-        Table(
-            "sources",
-            "The files and frames that the table was built from",
-            (
-                Column("source_id", "INTEGER", "Number of the source"),
-                Column("path", "VARCHAR", "Path as given to the build"),
-                Column("sha256", "VARCHAR", "SHA-256 of the content"),
-                Column("rows_read", "BIGINT", "Runs found"),
-                Column("rows_used", "BIGINT", "Runs that the table rests on"),
-                Column("rows_rejected", "BIGINT", "Runs left out, each with a row in rejected_runs"),
-            ),
-            ("source_id",),
-        ),
-        Table(
-            "rejected_runs",
-            "Every run that was read and not used, and why",
-            (
-                Column("source_id", "INTEGER", "Source of the run"),
-                Column("row", "BIGINT", "Place of the run in its source, from 1"),
-                Column("reason", "VARCHAR", "Short name of the reason"),
-                Column("detail", "VARCHAR", "The value at fault and what would be right"),
-                _KEY,
-                Column("workload", "VARCHAR", "What the request was"),
-                Column("prompt_tokens", "BIGINT", "Prompt length, as far as it could be read"),
-                Column("output_tokens", "BIGINT", "Generated tokens, as far as they could be read"),
-                Column("prefill_ms", "DOUBLE", "Prefill latency, as far as it could be read"),
-                Column("decode_ms", "DOUBLE", "Decode latency, as far as it could be read"),
-                Column("total_ms", "DOUBLE", "Total latency, as far as it could be read"),
-            ),
-            ("source_id", "row"),
-        ),
-        Table(
-            "meta",
-            "What the table is, what it was built from and with",
-            (
-                Column("key", "VARCHAR", "Name"),
-                Column("value", "VARCHAR", "Value, as text or JSON"),
-            ),
-            ("key",),
-        ),
-    )
-}
 
+TABLES = {table.name: table for table in _parsed(_SCHEMA)}
 
 MOST_KEY_COLUMNS = 8
 # What a view and searches say of a configuration, and what macros and methods call their arguments.
