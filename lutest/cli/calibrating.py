@@ -14,8 +14,8 @@ from lutest.cli.printing import format_table, working
 from lutest.judging.finding import count
 
 if TYPE_CHECKING:
-    from lutest.calibration.calibrate import StageCalibration
     from lutest.calibration.coverage import CoverageTest
+    from lutest.calibration.table_maps import StageCalibration
 
 _DRIFTED = 1  # exit code
 _MOST_LINES = 12

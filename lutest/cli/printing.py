@@ -84,38 +84,31 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def working() -> Iterator[Callable[[str, int, int], None] | None]:
+def working() -> Iterator[Callable[[str, int, int], None]]:
     """Around work in a database: what DuckDB raises is one line; on a terminal, a bar of bytes."""
+    from tqdm import tqdm
+
     from lutest.tablefile.sql import database_errors
 
-    with database_errors():
-        if not sys.stderr.isatty():
-            yield None
-            return
-        from tqdm import tqdm
+    # `disable=None`: a bar on a terminal alone
+    with database_errors(), tqdm(unit="B", unit_scale=True, leave=False, disable=None, file=sys.stderr) as bar:
 
-        with tqdm(unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
+        def show(what: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            name = one_line(what)[-40:]
+            bar.set_description(name, refresh=getattr(bar, "desc", None) != f"{name}: ")
 
-            def show(what: str, done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-                name = one_line(what)[-40:]
-                if bar.desc != f"{name}: ":
-                    bar.set_description(name)
-
-            yield show
+        yield show
 
 
 @contextlib.contextmanager
-def run_bar(minutes: float | None) -> Iterator[Callable[[int, int], None] | None]:
+def run_bar(minutes: float | None) -> Iterator[Callable[[int, int], None]]:
     """A bar of runs with the time left on a terminal; in a pipe, nothing."""
-    if not sys.stderr.isatty():
-        yield None
-        return
     from tqdm import tqdm
 
     limit = "" if minutes is None else f"at most {minutes:g} min"
-    with tqdm(unit="run", desc=limit, leave=False, dynamic_ncols=True, file=sys.stderr) as bar:
+    with tqdm(unit="run", desc=limit, leave=False, dynamic_ncols=True, disable=None, file=sys.stderr) as bar:
 
         def show(done: int, total: int) -> None:
             if bar.total is None:  # what earlier sessions did says nothing of the time left
