@@ -6,28 +6,18 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, cast, get_args
 
-from lutest.reader.arguments import positive_ms, quantile_index, whole_number
+from lutest.reader.arguments import positive_ms, quantile_index, real_number, whole_number
 from lutest.reader.entry import Entry
 from lutest.reader.errors import ArgumentError, NoDecodeDataError, UnknownKeyError
 from lutest.reader.figures import Key, described_key
 from lutest.reader.loading import load
 from lutest.reader.table import LatencyTable
-from lutest.reward.rollout import (
-    Choice,
-    Columns,
-    Completion,
-    LengthFrom,
-    Row,
-    configuration_of,
-    output_tokens_of,
-    value_in,
-)
+from lutest.reward import rollout
+from lutest.reward.rollout import Choice, Columns, Completion, LengthFrom, Row, completion_text, value_in
 from lutest.reward.terms import Weights, complexity, efficiency_bonus, smooth_penalty, squared_overrun
-
-__all__ = ["LatencyOutcome", "LatencyReward"]
 
 UnknownLength = Literal["prefill", "expected_total", "p_within"]
 OnUnknown = Literal["worst", "error", "none"] | float
@@ -86,6 +76,14 @@ class _Request(NamedTuple):
     prompt_tokens: int | None
     output_tokens: int | None
     workload: str | None
+
+
+def trainer_figures(outcome: LatencyOutcome | None) -> dict[str, float | None]:
+    """What trainers log of an outcome, None where there is no figure."""
+    if outcome is None:
+        return dict.fromkeys(("latency_ms", "latency_over_limit", "latency_unknown"))
+    over = None if outcome.over_limit is None else float(outcome.over_limit)
+    return {"latency_ms": outcome.latency_ms, "latency_over_limit": over, "latency_unknown": float(outcome.unknown)}
 
 
 @dataclass(frozen=True)
@@ -161,11 +159,11 @@ class LatencyReward:
     _largest: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.table, (str, os.PathLike)):
-            object.__setattr__(self, "table", os.path.abspath(self.table))
-            table = _read(cast(str, self.table))
-        else:
-            table = self.table
+        table = self.table
+        if isinstance(table, (str, os.PathLike)):
+            path = os.path.abspath(table)
+            object.__setattr__(self, "table", path)
+            table = _read(path)
         object.__setattr__(self, "_table", table)
         quantile_index(table.quantiles, self.q)
         if self.budget_ms is not None:
@@ -174,11 +172,9 @@ class LatencyReward:
             raise ArgumentError(f"prefill_share is {self.prefill_share!r}; allowed: above 0 and at most 1")
         _one_of("unknown_length", self.unknown_length, UnknownLength)
         _one_of("length_from", self.length_from, LengthFrom)
-        number = isinstance(self.on_unknown, (int, float)) and math.isfinite(self.on_unknown)
-        if not number and self.on_unknown not in ("worst", "error", "none"):
-            raise ArgumentError(
-                f"on_unknown is {self.on_unknown!r}; allowed: 'worst', 'error', 'none' or a finite number"
-            )
+        given = self.on_unknown
+        if given not in ("worst", "error", "none") and not math.isfinite(real_number(given)):
+            raise ArgumentError(f"on_unknown is {given!r}; allowed: 'worst', 'error', 'none' or a finite number")
         if self.length_from == "count_tokens" and self.count_tokens is None:
             raise ArgumentError("length_from is 'count_tokens', but no count_tokens was given")
         unknown = [name for name in self.columns.key if name not in table.key_columns]
@@ -188,7 +184,7 @@ class LatencyReward:
         object.__setattr__(self, "_largest", largest)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, ({f.name: getattr(self, f.name) for f in fields(self) if f.init},)
+        return partial(LatencyReward, **{f.name: getattr(self, f.name) for f in fields(self) if f.init}), ()
 
     @property
     def column_names(self) -> tuple[str, ...]:
@@ -220,7 +216,7 @@ class LatencyReward:
             With ``on_unknown="error"``: the configuration is not in the table, or has no decode figures.
         """
         try:
-            key = configuration_of(row, completion, self.columns, self._table.figures.key_columns, self.parse)
+            key = self._configuration(row, completion)
             if key is None:
                 return None
             entry = self._known(key)
@@ -254,6 +250,40 @@ class LatencyReward:
             raise ArgumentError(f"rollout {len(outcomes)} of the batch: {error}") from error
         return outcomes
 
+    def _configuration(self, row: Row, completion: Completion | None) -> Key | None:
+        """The policy's choice, or what the columns say; None where neither is a configuration."""
+        columns = self._table.figures.key_columns
+        names = {name: self.columns.key.get(name, name) for name in self._table.key_columns}
+        held = {name: value_in(row, given) for name, given in names.items()}
+        if self.parse is not None and completion is not None:
+            chosen = rollout.choice_in(completion_text(completion), self.parse, list(names))
+            if chosen is not None:
+                try:
+                    return rollout.key_from(held | chosen, columns)
+                except ArgumentError as error:
+                    named = f"the policy's choice {chosen!r:.200} is not a configuration: {error}"
+                    raise UnknownKeyError(named) from error
+        missing = [names[name] for name, value in held.items() if value is None]
+        if not missing:
+            return rollout.key_from(held, columns)
+        if len(missing) < len(held) and self.parse is None:
+            lacking = ", ".join(map(repr, missing))
+            raise ArgumentError(f"the row has part of a configuration: no value in column {lacking}")
+        return None
+
+    def _output_tokens(self, row: Row, completion: Completion | None) -> int | None:
+        """Number of generated tokens from where `length_from` says, None where it is unknown."""
+        columns, source = self.columns, self.length_from
+        ids = value_in(row, columns.completion_ids)
+        if ids is not None and source in ("auto", "completion_ids"):
+            return max(1, len(cast(Sequence[int], ids)))  # prefill gives a token even where none was kept
+        tokens = value_in(row, columns.output_tokens)
+        if tokens is not None and source in ("auto", "column"):
+            return rollout.output_tokens_from(columns.output_tokens, tokens)
+        if self.count_tokens is not None and completion is not None and source in ("auto", "count_tokens"):
+            return max(1, self.count_tokens(completion_text(completion)))
+        return None
+
     def _known(self, key: Key) -> Entry:
         entry = self._table[key]
         if entry.source == "extrapolated":
@@ -276,7 +306,7 @@ class LatencyReward:
         return _Request(
             positive_ms(columns.budget_ms, self.budget_ms if budget is None else budget),
             None if prompt is None else whole_number(columns.prompt_tokens, prompt, 0),
-            output_tokens_of(row, completion, columns, self.length_from, self.count_tokens),
+            self._output_tokens(row, completion),
             self.workload if workload is None else str(workload),
         )
 
@@ -311,9 +341,8 @@ class LatencyReward:
     def _weighed(self, price: _Price, share: float, shown_ms: float | None, accuracy: float) -> LatencyOutcome:
         latency, limit, decided_by, p_within = price
         weights = self.weights
-        if p_within is None:
-            smooth = smooth_penalty(latency, limit, weights.smooth, weights.steepness)
-        else:
+        smooth = smooth_penalty(latency, limit, weights.smooth, weights.steepness)
+        if p_within is not None:
             smooth = weights.smooth * (1.0 - p_within)
         overrun = squared_overrun(latency, limit, weights.overrun)
         bonus = accuracy * efficiency_bonus(latency, limit, weights.bonus)
@@ -325,10 +354,6 @@ class LatencyReward:
 def _one_of(name: str, value: object, allowed: object) -> None:
     if value not in get_args(allowed):
         raise ArgumentError(f"{name} is {value!r}; allowed: {', '.join(map(repr, get_args(allowed)))}")
-
-
-def _restore(arguments: dict[str, Any]) -> LatencyReward:
-    return LatencyReward(**arguments)
 
 
 def _read(path: str) -> LatencyTable:

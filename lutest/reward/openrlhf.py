@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lutest.reward.latency import LatencyOutcome, LatencyReward
+from lutest.reward.latency import LatencyReward, trainer_figures
 from lutest.reward.rollout import column_rows
-
-__all__ = ["OpenRLHFReward"]
 
 
 @dataclass(frozen=True)
@@ -73,27 +71,28 @@ class OpenRLHFReward:
         """
         import torch
 
-        accuracies: list[float] | None = None
+        scores: list[float] | None = None
         logs: dict[str, Any] = {}
         if self.score is not None:
             scored = self.score(queries, prompts, labels, **columns)
             if isinstance(scored, Mapping):
                 logs = dict(scored.get("extra_logs") or {})
                 scored = scored["rewards"]
-            accuracies = [float(value) for value in scored]
+            scores = [float(value) for value in scored]
         rows = column_rows(columns, self.reward.column_names, len(queries))
         rows = [{**_held(label), **row} for label, row in zip(labels, rows, strict=True)]
         completions = [_completion(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
-        outcomes = self.reward.judge_rows(rows, completions, accuracies)
-        latency_rewards = [self.without_configuration if o is None else o.reward for o in outcomes]
-        totals = latency_rewards
-        if accuracies is not None:
-            totals = [accuracy + latency for accuracy, latency in zip(accuracies, latency_rewards, strict=True)]
-        figures = {"latency_reward": latency_rewards, **_figures(outcomes)}
+        outcomes = self.reward.judge_rows(rows, completions, scores)
+        rewards = [self.without_configuration if outcome is None else outcome.reward for outcome in outcomes]
+        totals = rewards if scores is None else [sum(both) for both in zip(scores, rewards, strict=True)]
+        figures = {"latency_reward": rewards}
+        for name in trainer_figures(None):
+            held = [trainer_figures(outcome)[name] for outcome in outcomes]
+            figures[name] = [math.nan if value is None else value for value in held]
         return {
             "rewards": torch.tensor(totals, dtype=torch.float32),
-            "scores": torch.tensor(totals if accuracies is None else accuracies, dtype=torch.float32),
-            "extra_logs": {**logs, **{name: torch.tensor(v, dtype=torch.float32) for name, v in figures.items()}},
+            "scores": torch.tensor(totals if scores is None else scores, dtype=torch.float32),
+            "extra_logs": logs | {name: torch.tensor(v, dtype=torch.float32) for name, v in figures.items()},
         }
 
 
@@ -111,19 +110,3 @@ def _completion(query: str, prompt: str) -> str | None:
     """What follows the prompt; special tokens may stand before it."""
     start = query.find(prompt)
     return None if start < 0 else query[start + len(prompt) :]
-
-
-def _figures(outcomes: Sequence[LatencyOutcome | None]) -> dict[str, list[float]]:
-    nothing = (math.nan, math.nan, math.nan)
-    rows = [
-        nothing
-        if outcome is None
-        else (
-            math.nan if outcome.latency_ms is None else outcome.latency_ms,
-            math.nan if outcome.over_limit is None else float(outcome.over_limit),
-            float(outcome.unknown),
-        )
-        for outcome in outcomes
-    ]
-    names = ("latency_ms", "latency_over_limit", "latency_unknown")
-    return {name: [row[i] for row in rows] for i, name in enumerate(names)}

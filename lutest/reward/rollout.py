@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Literal, SupportsFloat, SupportsIndex, TypeAlias, cast
+from typing import Literal, SupportsFloat, TypeAlias, cast
 
 from lutest.reader.arguments import whole_number
 from lutest.reader.errors import ArgumentError, UnknownKeyError
 from lutest.reader.figures import Key, KeyColumn
-
-__all__ = [
-    "Choice",
-    "Columns",
-    "Completion",
-    "LengthFrom",
-    "Row",
-    "column_rows",
-    "completion_text",
-    "configuration_of",
-    "output_tokens_of",
-    "value_in",
-]
 
 Row: TypeAlias = Mapping[str, object]
 Completion: TypeAlias = str | Sequence[Mapping[str, object]]
@@ -118,90 +106,16 @@ def completion_text(completion: Completion) -> str:
     return "\n".join(texts)
 
 
-def configuration_of(
-    row: Row,
-    completion: Completion | None,
-    columns: Columns,
-    key_columns: Sequence[KeyColumn],
-    parse: Callable[[str], Choice] | None,
-) -> Key | None:
-    """The configuration of a rollout, or None where it has none.
+def choice_in(text: str, parse: Callable[[str], Choice], names: Sequence[str]) -> dict[str, object] | None:
+    """The policy's choice in its text: values of these key columns; None if it makes none, so that the row decides.
 
-    Parameters
-    ----------
-    row : mapping
-        Columns of the data set.
-    completion : str or sequence of mapping, optional
-        What the policy wrote.
-    columns : Columns
-        Names to look under.
-    key_columns : sequence of KeyColumn
-        What a configuration of the table is made of.
-    parse : callable, optional
-        Finds the policy's choice in its text: a key, or a mapping with some of the key columns, of which the row gives
-        the rest; None if the rollout makes no choice, so that the columns alone decide. All other fields of the mapping
-        are ignored, so that a policy cannot write itself a budget or a length.
+    Other fields of a mapping are left out, so that a policy cannot write itself a budget or a length.
 
     Raises
     ------
     UnknownKeyError
-        The policy made a choice that is not a configuration, or `parse` could not read it and raised.
-    ArgumentError
-        The columns alone hold part of a configuration, or values that cannot be one.
+        The choice is not a configuration, or `parse` could not read it and raised.
     """
-    names = {column.name: columns.key.get(column.name, column.name) for column in key_columns}
-    held = {name: value_in(row, given) for name, given in names.items()}
-    chosen = None if parse is None or completion is None else _choice(parse, completion_text(completion), list(names))
-    if chosen is not None:
-        try:
-            return _key({**held, **chosen}, key_columns)
-        except ArgumentError as error:
-            raise UnknownKeyError(f"the policy's choice {chosen!r:.200} is not a configuration: {error}") from error
-    missing = [names[name] for name, value in held.items() if value is None]
-    if not missing:
-        return _key(held, key_columns)
-    if len(missing) < len(held) and parse is None:
-        raise ArgumentError(f"the row has part of a configuration: no value in column {', '.join(map(repr, missing))}")
-    return None
-
-
-def output_tokens_of(
-    row: Row,
-    completion: Completion | None,
-    columns: Columns,
-    length_from: LengthFrom,
-    count_tokens: Callable[[str], int] | None,
-) -> int | None:
-    """Number of generated tokens, or None where it is unknown.
-
-    Parameters
-    ----------
-    row, completion, columns
-        As in `configuration_of`.
-    length_from : {"auto", "completion_ids", "column", "count_tokens", "unknown"}
-        The one source to use; ``auto`` takes the first of them that there is, in this order.
-    count_tokens : callable, optional
-        Counts the tokens of the policy's text, for trainers that pass no ids.
-
-    Raises
-    ------
-    ArgumentError
-        A value that is not a number of tokens.
-    """
-    if length_from in ("auto", "completion_ids"):
-        ids = value_in(row, columns.completion_ids)
-        if ids is not None:
-            return max(1, len(cast(Sequence[int], ids)))  # prefill gives a token even where none was kept
-    if length_from in ("auto", "column"):
-        value = value_in(row, columns.output_tokens)
-        if value is not None:
-            return _whole(columns.output_tokens, value, 1)
-    if length_from in ("auto", "count_tokens") and count_tokens is not None and completion is not None:
-        return max(1, count_tokens(completion_text(completion)))
-    return None
-
-
-def _choice(parse: Callable[[str], Choice], text: str, names: list[str]) -> dict[str, object] | None:
     try:
         choice = parse(text)
     except _UNREADABLE as error:
@@ -216,34 +130,32 @@ def _choice(parse: Callable[[str], Choice], text: str, names: list[str]) -> dict
     return dict(zip(names, values, strict=True))
 
 
-def _key(held: Mapping[str, object], columns: Sequence[KeyColumn]) -> Key:
-    return tuple(
-        _text(column.name, held.get(column.name))
-        if column.kind == "category"
-        else _number(column.name, held.get(column.name))
-        for column in columns
-    )
-
-
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise ArgumentError(f"{name} is {value!r}; allowed: text, the name of a category")
-    return value
+def key_from(held: Mapping[str, object], columns: Sequence[KeyColumn]) -> Key:
+    """A configuration from values of the key columns; ArgumentError where one of them cannot be right."""
+    values: list[str | int | float] = []
+    for name, kind, _ in columns:
+        value = held.get(name)
+        if kind == "number":
+            values.append(_number(name, value))
+        elif isinstance(value, str):
+            values.append(value)
+        else:
+            raise ArgumentError(f"{name} is {value!r}; allowed: text, the name of a category")
+    return tuple(values)
 
 
 def _number(name: str, value: object) -> int | float:
     number = math.nan
     if not isinstance(value, bytes) and not (isinstance(value, str) and len(value) > _MOST_DIGITS):
-        try:
+        with suppress(TypeError, ValueError, OverflowError):
             number = float(cast(SupportsFloat, value))  # of text: a match, a cell of a CSV
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
     if not math.isfinite(number):
         raise ArgumentError(f"{name} is {value!r:.200}; allowed: a finite number")
     return int(number) if number.is_integer() else number
 
 
-def _whole(name: str, value: object, least: int) -> int:
+def output_tokens_from(name: str, value: object) -> int:
+    """Number of generated tokens, which may be text; ArgumentError where it is none."""
     if isinstance(value, str) and len(value) <= _MOST_DIGITS and value.strip().isdecimal():
         value = int(value)  # a match in a text, a cell of a CSV
-    return whole_number(name, cast(SupportsIndex, value), least)
+    return whole_number(name, value, 1)

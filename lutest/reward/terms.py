@@ -12,8 +12,6 @@ from lutest.reader.errors import ArgumentError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Weights", "complexity", "efficiency_bonus", "smooth_penalty", "squared_overrun", "tensor_reward"]
-
 _LARGEST_OVERRUN = 1e6  # budgets beyond the budget; its square is far within float32, in which trainers add rewards up
 
 

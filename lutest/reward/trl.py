@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from lutest.reward.latency import LatencyOutcome, LatencyReward
 from lutest.reward.rollout import Completion, column_rows
-
-__all__ = ["TRLReward"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class TRLReward:
         rows = column_rows(given, self.reward.column_names, len(prompts))
         outcomes = self.reward.judge_rows(rows, completions)
         if log_metric is not None:
-            for metric, value in _metrics([outcome for outcome in outcomes if outcome is not None]).items():
+            for metric, value in _metrics([outcome for outcome in outcomes if outcome is not None]):
                 log_metric(metric, value)
         if log_extra is not None:
             log_extra("latency_ms", [None if outcome is None else outcome.latency_ms for outcome in outcomes])
@@ -85,18 +84,13 @@ class TRLReward:
         return [None if outcome is None else outcome.reward for outcome in outcomes]
 
 
-def _metrics(outcomes: Sequence[LatencyOutcome]) -> dict[str, float]:
-    if not outcomes:
-        return {}
-    known = [outcome.latency_ms for outcome in outcomes if outcome.latency_ms is not None]
-    metrics = {
-        "latency/unknown": 1.0 - len(known) / len(outcomes),
-        "latency/smooth_penalty": sum(o.smooth_penalty for o in outcomes) / len(outcomes),
-        "latency/squared_overrun": sum(o.squared_overrun for o in outcomes) / len(outcomes),
-        "latency/efficiency_bonus": sum(o.efficiency_bonus for o in outcomes) / len(outcomes),
-        "latency/complexity_penalty": sum(o.complexity_penalty for o in outcomes) / len(outcomes),
-    }
-    if known:
-        metrics["latency/ms"] = sum(known) / len(known)
-        metrics["latency/over_limit"] = sum(bool(outcome.over_limit) for outcome in outcomes) / len(known)
-    return metrics
+def _metrics(outcomes: Sequence[LatencyOutcome]) -> Iterator[tuple[str, float]]:
+    """Names and means of what is logged, as far as there is anything to take them of."""
+    if outcomes:
+        yield "latency/unknown", fmean(outcome.latency_ms is None for outcome in outcomes)
+        for term in ("smooth_penalty", "squared_overrun", "efficiency_bonus", "complexity_penalty"):
+            yield f"latency/{term}", fmean(getattr(outcome, term) for outcome in outcomes)
+    known_ms = [outcome.latency_ms for outcome in outcomes if outcome.latency_ms is not None]
+    if known_ms:
+        yield "latency/ms", fmean(known_ms)
+        yield "latency/over_limit", sum(bool(outcome.over_limit) for outcome in outcomes) / len(known_ms)

@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import Any
 
 from lutest.reader.errors import ArgumentError
-from lutest.reward.latency import LatencyReward
+from lutest.reward.latency import LatencyReward, trainer_figures
 from lutest.reward.rollout import Columns
 from lutest.reward.terms import Weights
 
-__all__ = ["VerlReward", "compute_score"]
-
 Score = Callable[..., float | dict[str, Any]]
+
+_OF_REWARD_MODEL = ("reward_router_address", "reward_model_tokenizer")
 
 
 @dataclass(frozen=True)
@@ -76,33 +76,18 @@ class VerlReward:
         ArgumentError, UnknownKeyError, NoDecodeDataError
             As `LatencyReward.judge`.
         """
-        given: dict[str, Any] = {}
-        accuracy = 0.0
+        given: dict[str, Any] = {"score": 0.0}
+        accuracy = 1.0
         if self.score is not None:
-            scored = self.score(
-                data_source=data_source,
-                solution_str=solution_str,
-                ground_truth=ground_truth,
-                extra_info=extra_info,
-                **reward_kwargs,
-            )
+            run = {"data_source": data_source, "solution_str": solution_str, "ground_truth": ground_truth}
+            scored = self.score(**run, extra_info=extra_info, **reward_kwargs)
             given = dict(scored) if isinstance(scored, Mapping) else {"score": scored}
             accuracy = float(given["score"])
             given.setdefault("acc", accuracy)
-        outcome = self.reward.judge(
-            {} if extra_info is None else extra_info, solution_str, 1.0 if self.score is None else accuracy
-        )
-        over_limit = None if outcome is None else outcome.over_limit
-        latency_reward = self.without_configuration if outcome is None else outcome.reward
-        return {
-            **given,
-            "score": accuracy + latency_reward,
-            "latency_reward": latency_reward,
-            "latency_ms": None if outcome is None else outcome.latency_ms,
-            "latency_limit_ms": None if outcome is None else outcome.limit_ms,
-            "latency_over_limit": None if over_limit is None else float(over_limit),
-            "latency_unknown": None if outcome is None else float(outcome.unknown),
-        }
+        outcome = self.reward.judge(extra_info or {}, solution_str, accuracy)
+        reward = self.without_configuration if outcome is None else outcome.reward
+        figures = {"latency_limit_ms": outcome and outcome.limit_ms, **trainer_figures(outcome)}
+        return {**given, "score": float(given["score"]) + reward, "latency_reward": reward, **figures}
 
 
 def compute_score(
@@ -110,9 +95,6 @@ def compute_score(
     solution_str: str,
     ground_truth: object,
     extra_info: Mapping[str, object] | None = None,
-    *,
-    reward_router_address: str | None = None,
-    reward_model_tokenizer: object = None,
     **reward_kwargs: object,
 ) -> dict[str, Any]:
     """`VerlReward` from verl's configuration alone, without a file of one's own.
@@ -121,10 +103,9 @@ def compute_score(
     ----------
     data_source, solution_str, ground_truth, extra_info
         As verl passes them.
-    reward_router_address, reward_model_tokenizer
-        Handed on to `score` where verl passes them.
     **reward_kwargs
-        Arguments of `LatencyReward`, `table` among them, and of `VerlReward`. Functions may be given as
+        What verl passes for its reward model, handed on to `score`; and arguments of `LatencyReward`, `table` among
+        them, and of `VerlReward`. Functions may be given as
         ``"package.module:name"``, `weights` and `columns` as mappings. Made once per process for the same arguments::
 
             reward.custom_reward_function:
@@ -141,21 +122,13 @@ def compute_score(
     ------
     TableError, ArgumentError, UnknownKeyError, NoDecodeDataError
     """
+    passed = {name: reward_kwargs.pop(name) for name in _OF_REWARD_MODEL if name in reward_kwargs}
     try:
         options: dict[str, Any] = {name: _option(name, value) for name, value in reward_kwargs.items()}
         reward = _reward(**options)
     except TypeError as error:
         raise ArgumentError(f"reward_kwargs: {error}") from error
-    if reward_router_address is None:
-        return reward(data_source, solution_str, ground_truth, extra_info)
-    return reward(
-        data_source,
-        solution_str,
-        ground_truth,
-        extra_info,
-        reward_router_address=reward_router_address,
-        reward_model_tokenizer=reward_model_tokenizer,
-    )
+    return reward(data_source, solution_str, ground_truth, extra_info, **passed)
 
 
 def _option(name: str, value: object) -> object:
