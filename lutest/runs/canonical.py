@@ -301,22 +301,15 @@ def _verdicts(columns: dict[str, ColumnRule], key: Sequence[KeyColumn]) -> list[
             "step_count_mismatch",
             f"{step_count} || ' steps for ' || output_tokens_value::BIGINT || ' output tokens, which take one less'",
         ),
-        _verdict(
-            "timed AND NOT (isfinite(list_min(steps)) AND isfinite(list_max(steps)))",
-            "not_finite",
-            "'a decode step is not a finite number'",
-        ),
-        _verdict("timed AND list_min(steps) < 0", "negative_value", "'a decode step is below 0: ' || list_min(steps)"),
-        _verdict("timed AND list_min(steps) = 0", "zero_step", "'a decode step is 0: clamped or never measured'"),
-        _verdict(
-            f"timed AND list_min(steps) < {MIN_MS!r}",
-            "out_of_range",
-            f"'a decode step is below {MIN_MS:g} ms: ' || list_min(steps)",
-        ),
-        _verdict(
-            f"timed AND list_max(steps) > {MAX_MS!r}",
-            "out_of_range",
-            f"'a decode step is above {MAX_MS:g} ms: ' || list_max(steps)",
+        *(
+            _verdict(f"timed AND {condition}", reason, literal(f"a decode step is {fault}") + shown)
+            for condition, reason, fault, shown in (
+                ("NOT (isfinite(list_min(steps)) AND isfinite(list_max(steps)))", "not_finite", "not finite", ""),
+                ("list_min(steps) < 0", "negative_value", "below 0: ", " || list_min(steps)"),
+                ("list_min(steps) = 0", "zero_step", "0: clamped or never measured", ""),
+                (f"list_min(steps) < {MIN_MS!r}", "out_of_range", f"below {MIN_MS:g} ms: ", " || list_min(steps)"),
+                (f"list_max(steps) > {MAX_MS!r}", "out_of_range", f"above {MAX_MS:g} ms: ", " || list_max(steps)"),
+            )
         ),
     ]
     return checks

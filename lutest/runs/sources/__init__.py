@@ -21,16 +21,7 @@ from lutest.runs.sources.run_rows import RunWriter, SourceFields, create_raw_run
 from lutest.runs.sources.served import MEASURED
 from lutest.runs.sources.tabular import hash_frame, read_csv, read_frame
 
-__all__ = [
-    "MEASURED",
-    "Source",
-    "SourceFields",
-    "field_column",
-    "list_sources",
-    "listed",
-    "printable",
-    "read_sources",
-]
+__all__ = ["MEASURED", "Source", "SourceFields", "field_column", "list_sources", "listed", "printable", "read_sources"]
 
 Source: TypeAlias = str | os.PathLike[str] | pd.DataFrame
 Progress: TypeAlias = Callable[[str, int, int], None]

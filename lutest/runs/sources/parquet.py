@@ -110,11 +110,7 @@ def _text(column: str, kind: str | None) -> str:
 
 
 def _insert(
-    connection: duckdb.DuckDBPyConnection,
-    name: str,
-    source_id: int,
-    fields: SourceFields,
-    types: dict[str, str],
+    connection: duckdb.DuckDBPyConnection, name: str, source_id: int, fields: SourceFields, types: dict[str, str]
 ) -> int:
     """Insert within DuckDB: steps are numbers in lists, flat or one list per position."""
     steps = [field for field in fields.steps if field in types]
