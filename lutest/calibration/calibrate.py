@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,24 +14,18 @@ import duckdb
 from lutest.builder.machines import find_mixed
 from lutest.builder.matched_runs import match_runs
 from lutest.calibration.calibrated_rows import write_calibrated_rows
-from lutest.calibration.maps import KeyMaps
 from lutest.calibration.online import OnlineCalibrator
 from lutest.calibration.paired_runs import MOST_RUNS, pair_runs, pair_steps
 from lutest.calibration.table_maps import StageCalibration, fit_maps
+from lutest.reader import __version__
 from lutest.reader.errors import ArgumentError, SourceError
-from lutest.reader.figures import Key
 from lutest.reader.file import read_figures
 from lutest.reader.loading import load
-from lutest.reader.table import LatencyTable
 from lutest.runs.configuration import BuildConfig
-from lutest.runs.sources import Source
+from lutest.runs.sources import Progress, Source
 from lutest.runs.work import work_database
 from lutest.tablefile.store import locked, temporary_path, write_table
 from lutest.tablefile.verify import verify
-
-__all__ = ["Calibration", "StageCalibration", "calibrate"]
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -105,13 +99,17 @@ def calibrate(
     held = load(parent)
     target = Path(output)
     with locked(target, [parent]) as replaced, work_database(temporary_path(replaced)) as connection:
+        meta = {name: value for name, value in held.meta.items() if name != "content_hash"}
+        left_out: dict[str, int] = {}
+        sources: list[dict[str, object]] = []
+        n_runs, prefill, decode = 0, None, None
         if isinstance(runs, OnlineCalibrator):
-            _require_same(runs, held)
-            left_out: dict[str, int] = {}
-            maps, n_runs = runs.maps(), 0
-            sources: list[dict[str, object]] = []
-            prefill, decode = None, None
-            meta: dict[str, str] = {}
+            given, found = runs.table.meta.get("content_hash"), held.meta["content_hash"]
+            if given != found:
+                raise ArgumentError(
+                    f"the calibrator corrects the table with content hash {given}, but {held.path} has {found}"
+                )
+            maps = runs.maps()
         else:
             left_out = match_runs(connection, held, runs, config, progress)
             for name, values in find_mixed(connection).items():
@@ -121,30 +119,23 @@ def calibrate(
             pairs = pair_runs(connection, held)
             maps, prefill, decode = fit_maps(held.figures, *pairs, pair_steps(connection, held))
             n_runs = len(pairs[0].key_id)
-            left_out |= _picked(connection, n_runs)
+            ((matched,),) = connection.execute("SELECT count(*) FROM matched_runs").fetchall()
+            if matched > n_runs:
+                left_out[f"beyond the {MOST_RUNS} runs that are taken"] = matched - n_runs
             sources = _sources(connection)
-            meta = {name: _distinct(connection, name) for name in ("device", "model")}
+            meta |= {name: _distinct(connection, name) for name in ("device", "model")}
+        meta |= {
+            "lutest_version": __version__,
+            "duckdb_version": duckdb.__version__,
+            "built_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "parent_content_hash": held.meta["content_hash"],
+            "calibration": json.dumps({"n_runs": n_runs, "runs": sources}),
+            "calibration_maps": json.dumps([{"key": key, **asdict(each)} for key, each in maps.items()]),
+        }
         relations = write_calibrated_rows(connection, parent, held.figures, maps)
-        kept = {name: value for name, value in held.meta.items() if name != "content_hash"}
-        meta = {**kept, **meta, **_meta(held, maps, n_runs, sources)}
         columns = held.figures.key_columns
         digest = write_table(connection, replaced, relations, held.quantiles, columns, meta, read_figures, parent)
     return Calibration(target, digest, held.meta["content_hash"], n_runs, left_out, prefill, decode)
-
-
-def _require_same(calibrator: OnlineCalibrator, table: LatencyTable) -> None:
-    given, found = calibrator.table.meta.get("content_hash"), table.meta["content_hash"]
-    if given != found:
-        raise ArgumentError(
-            f"the calibrator corrects the table with content hash {given}, but {table.path} has {found}"
-        )
-
-
-def _picked(connection: duckdb.DuckDBPyConnection, n_runs: int) -> dict[str, int]:
-    row = connection.execute("SELECT count(*) FROM matched_runs").fetchone()
-    assert row is not None
-    more = row[0] - n_runs
-    return {f"beyond the {MOST_RUNS} runs that are taken": more} if more else {}
 
 
 def _sources(connection: duckdb.DuckDBPyConnection) -> list[dict[str, object]]:
@@ -164,18 +155,3 @@ def _distinct(connection: duckdb.DuckDBPyConnection, column: str) -> str:
         f"SELECT DISTINCT {column} FROM paired_runs WHERE {column} IS NOT NULL ORDER BY 1 LIMIT 20"
     ).fetchall()
     return json.dumps([value for (value,) in rows])
-
-
-def _meta(
-    table: LatencyTable, maps: Mapping[Key, KeyMaps], n_runs: int, sources: list[dict[str, object]]
-) -> dict[str, str]:
-    from lutest.reader import __version__
-
-    return {
-        "lutest_version": __version__,
-        "duckdb_version": duckdb.__version__,
-        "built_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "parent_content_hash": table.meta["content_hash"],
-        "calibration": json.dumps({"n_runs": n_runs, "runs": sources}),
-        "calibration_maps": json.dumps([{"key": key, **asdict(held)} for key, held in maps.items()]),
-    }

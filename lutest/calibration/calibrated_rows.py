@@ -14,8 +14,6 @@ from lutest.reader.figures import Figures, Key
 from lutest.reader.names import literal, quantile_column, quantile_suffix, quote
 from lutest.tablefile.schema import TABLES
 
-__all__ = ["write_calibrated_rows"]
-
 _STAGES = {"prefill": "prefill", "decode": "decode_step"}  # table → its stage in `KeyMaps`
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,8 @@ from lutest.calibration.coverage import TOLERANCE, Check, Coverage, adjusted_tes
 from lutest.reader.loading import load
 from lutest.reader.table import LatencyTable
 from lutest.runs.configuration import BuildConfig
-from lutest.runs.sources import Source
+from lutest.runs.sources import Progress, Source
 from lutest.runs.work import work_database
-
-__all__ = ["check"]
-
-Progress = Callable[[str, int, int], None]
 
 
 def check(
@@ -86,6 +82,7 @@ def check(
 
 
 def _coverages(table: LatencyTable, runs: dict[str, NDArray[Any]], tolerated: tuple[float, float]) -> list[Coverage]:
+    slower, faster = tolerated
     key_id, output = runs["key_id"], runs["output_tokens"]
     several = (output >= 2) & np.array([key.decode_curve is not None for key in table.figures.keys])[key_id]
     found = []
@@ -103,14 +100,13 @@ def _coverages(table: LatencyTable, runs: dict[str, NDArray[Any]], tolerated: tu
         each = [(table.keys[number], ids == number) for number in np.unique(ids)]
         for key, rows in [(None, np.full(len(ids), True)), *each] if each else []:
             held_ms, at = ms[rows], {q: values[rows] for q, values in predicted.items()}
-            n_above = {q: _count(held_ms > factor * values for factor in tolerated) for q, values in at.items()}
-            n_within = {q: int((held_ms <= values).sum()) for q, values in at.items()}
+            n_above = {q: (_above(held_ms, slower * p), _above(held_ms, faster * p)) for q, p in at.items()}
+            n_within = {q: len(held_ms) - _above(held_ms, p) for q, p in at.items()}
             n_table = int(behind[np.unique(ids[rows])].sum())
             ratio = float(np.median(held_ms / at[0.5]))
             found.append(Coverage(stage, key, len(held_ms), n_table, n_above, n_within, ratio))
     return found
 
 
-def _count(sides: Iterable[NDArray[np.bool_]]) -> tuple[int, int]:
-    slower, faster = (int(above.sum()) for above in sides)
-    return slower, faster
+def _above(observed_ms: NDArray[Any], quantile_ms: NDArray[np.float64]) -> int:
+    return int((observed_ms > quantile_ms).sum())

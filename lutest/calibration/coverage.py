@@ -9,16 +9,6 @@ from typing import Any
 from lutest.reader.errors import ArgumentError
 from lutest.reader.figures import Key
 
-__all__ = [
-    "TOLERANCE",
-    "Check",
-    "Coverage",
-    "CoverageTest",
-    "adjusted_tests",
-    "exceedance_tail",
-    "tolerated_factors",
-]
-
 TOLERANCE = 0.02
 
 
@@ -179,9 +169,9 @@ def adjusted_tests(coverages: Sequence[Coverage], false_alarm_rate: float) -> tu
         for q, above in held.n_above.items()
     ]
     adjusted: dict[int, float] = {}
+    families = len({held.key is None for held, *_ in tests})
     for whole in (True, False):
         family = [place for place, (held, *_) in enumerate(tests) if (held.key is None) == whole]
-        families = 2 if any((held.key is None) != whole for held, *_ in tests) else 1
         largest = 0.0
         for rank, place in enumerate(sorted(family, key=lambda place: tests[place][3])):
             largest = max(largest, min(1.0, families * (len(family) - rank) * tests[place][3]))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from lutest.reader.figures import Curve, Figures, Key, KeyFigures, Summary, TotalRatios
-
-__all__ = ["CALIBRATED", "IDENTITY", "KeyMaps", "StageMap", "mapped_figures", "mapped_key"]
+from lutest.reader.figures import Curve, Figures, Key, KeyFigures, Summary
 
 CALIBRATED = "calibrated"
 
@@ -104,34 +102,32 @@ def mapped_key(figures: KeyFigures, maps: KeyMaps, median: int) -> KeyFigures:
         correlations=maps.correlations or figures.correlations,
         source=source,
     )
-    if figures.decode is None or figures.decode_curve is None or figures.decode_total is None:
+    totals = figures.decode_total
+    if figures.decode is None or figures.decode_curve is None or totals is None:
         return mapped
     typical_ms = _at_nearest_knot(figures.decode_curve, figures.prompt_tokens_p50 + 1)
     return replace(
         mapped,
         decode=_mapped_summary(figures.decode, maps.decode_step, median, typical_ms),
         decode_curve=_mapped_curve(figures.decode_curve, maps.decode_step, median, source),
-        decode_total=_mapped_ratios(figures.decode_total, maps.decode_total, median),
+        decode_total=replace(totals, ratios=_mapped_rows(totals.ratios, maps.decode_total, median)),
     )
 
 
 def _mapped_curve(curve: Curve, stage: StageMap, median: int, source: str) -> Curve:
-    columns = [_mapped_quantiles(values, stage, median) for values in zip(*curve.values_ms, strict=True)]
-    return Curve(curve.at, tuple(zip(*columns, strict=True)), curve.n, (source,) * len(curve.at))
+    values_ms = _mapped_rows(curve.values_ms, stage, median, stage.p50_ms)
+    return Curve(curve.at, values_ms, curve.n, (source,) * len(curve.at))
 
 
-def _mapped_quantiles(values_ms: Sequence[float], stage: StageMap, median: int) -> tuple[float, ...]:
-    """Quantiles at one length mapped."""
-    after = stage.p50_ms(values_ms[median])
-    return _rising(after * ratio for ratio in stage.ratios(values_ms, median))
-
-
-def _mapped_ratios(totals: TotalRatios, stage: StageMap, median: int) -> TotalRatios:
+def _mapped_rows(
+    rows: Sequence[Sequence[float]], stage: StageMap, median: int, p50: Callable[[float], float] = float
+) -> tuple[tuple[float, ...], ...]:
+    """Quantiles (a row each) over places, of which `p50` maps the P50 and the stage how far the others are from it."""
     columns = []
-    for values in zip(*totals.ratios, strict=True):
-        middle = values[median]
-        columns.append(_rising(middle * ratio for ratio in stage.ratios(values, median)))
-    return TotalRatios(totals.decode_steps, tuple(zip(*columns, strict=True)), totals.n)
+    for values in zip(*rows, strict=True):
+        after = p50(values[median])
+        columns.append(_rising(after * ratio for ratio in stage.ratios(values, median)))
+    return tuple(zip(*columns, strict=True))
 
 
 def _rising(values: Iterable[float]) -> tuple[float, ...]:

@@ -16,8 +16,6 @@ from lutest.reader.errors import ArgumentError
 from lutest.reader.figures import Key
 from lutest.reader.table import LatencyTable
 
-__all__ = ["Factors", "OnlineCalibrator"]
-
 _STATE = "lutest online calibration 2"
 _TAIL = 0.95
 _OFFSET = float(MIDDLE)
@@ -82,19 +80,6 @@ class OnlineCalibrator:
     One per thread or process: `observe` is not made for two at once. Bring them together with `merge`.
     """
 
-    __slots__ = (
-        "_all",
-        "_bound",
-        "_entries",
-        "_growth",
-        "_known",
-        "_table",
-        "_weight",
-        "half_life",
-        "min_samples",
-        "n_observed",
-    )
-
     def __init__(
         self, table: LatencyTable, *, half_life: float = 100.0, min_samples: int = 20, bound: float = 4.0
     ) -> None:
@@ -110,15 +95,10 @@ class OnlineCalibrator:
         self._bound = log(bound)
         self._growth = 2.0 ** (1.0 / half_life)
         self._weight = 1.0
-        self._table = table
+        self.table = table
         self._all = (RatioHistogram(), RatioHistogram())
         self._known: dict[Key, _Known] = {key: _known(table[key]) for key in table.keys}
         self._entries: dict[Key, tuple[int, Factors, Entry]] = {}
-
-    @property
-    def table(self) -> LatencyTable:
-        """The table as it was given."""
-        return self._table
 
     def observe(
         self, key: Key, prompt_tokens: int, output_tokens: int, prefill_ms: float, decode_ms: float = 0.0
@@ -179,7 +159,7 @@ class OnlineCalibrator:
             self._weight = 1.0
 
     def __getitem__(self, key: Key | str | int | float) -> Entry:
-        return self._corrected(self._table[key])
+        return self._corrected(self.table[key])
 
     def lookup(self, *values: str | int | float, **named: str | int | float) -> Entry:
         """The corrected entry of a configuration, as `LatencyTable.lookup` finds the table's own.
@@ -191,11 +171,11 @@ class OnlineCalibrator:
         ------
         ArgumentError, UnknownKeyError
         """
-        return self._corrected(self._table.lookup(*values, **named))
+        return self._corrected(self.table.lookup(*values, **named))
 
     def corrected(self) -> LatencyTable:
         """The whole table as corrected now, for searches, arrays, torch or another process. Takes milliseconds."""
-        return LatencyTable(mapped_figures(self._table.figures, self.maps()), self._table.path, self._table._missing)
+        return LatencyTable(mapped_figures(self.table.figures, self.maps()), self.table.path, self.table._missing)
 
     def factors(self, *values: str | int | float, **named: str | int | float) -> Factors:
         """What the figures of a configuration are multiplied by now; of one that was filled in, those of all together.
@@ -204,7 +184,7 @@ class OnlineCalibrator:
         ------
         ArgumentError, UnknownKeyError
         """
-        return self._factors(self._table.lookup(*values, **named).key)
+        return self._factors(self.table.lookup(*values, **named).key)
 
     def overall(self) -> Factors:
         """The factors of all configurations together."""
@@ -212,7 +192,7 @@ class OnlineCalibrator:
 
     def maps(self) -> dict[Key, KeyMaps]:
         """The correction of each measured configuration, as `lutest.calibrate` writes it."""
-        return {key: _maps(self._factors(key)) for key in self._table.keys}
+        return {key: _maps(self._factors(key)) for key in self.table.keys}
 
     def check(self, false_alarm_rate: float = 0.01, tolerance: float = TOLERANCE) -> Check:
         """Whether the table itself, uncorrected, still holds for what is observed: `lutest.check` of it.
@@ -236,7 +216,7 @@ class OnlineCalibrator:
         """
         slower, _ = tolerated_factors(tolerance)
         bins = round(log(slower) * BINS_PER_UNIT)
-        table, found = self._table, []
+        table, found = self.table, []
         behind = {key.key: (key.prefill.n, 0 if key.decode is None else key.decode.n) for key in table.figures.keys}
         for stage, name in enumerate(("prefill", "decode")):
             n_table = sum(counts[stage] for counts in behind.values())
@@ -270,7 +250,7 @@ class OnlineCalibrator:
         return json.dumps(
             {
                 "format": _STATE,
-                "table": self._table.meta.get("content_hash"),
+                "table": self.table.meta.get("content_hash"),
                 "half_life": self.half_life,
                 "min_samples": self.min_samples,
                 "bound": exp(self._bound),
@@ -297,7 +277,7 @@ class OnlineCalibrator:
             state = json.loads(text)
             if state["format"] != _STATE:
                 raise ValueError(f"format is {state['format']!r}")
-            made = cls(table, half_life=state["half_life"], min_samples=state["min_samples"], bound=state["bound"])
+            made = cls(table, **{name: state[name] for name in ("half_life", "min_samples", "bound")})
             made.n_observed = whole_number("n_observed", state["n_observed"], 0)
             own = table.meta.get("content_hash")
             if state["table"] != own:
@@ -314,24 +294,21 @@ class OnlineCalibrator:
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OnlineCalibrator.from_json, (self._table, self.to_json())
+        return OnlineCalibrator.from_json, (self.table, self.to_json())
 
     def __repr__(self) -> str:
-        prefill, decode = self.overall()
-        return (
-            f"<OnlineCalibrator of {self._table!r}: {self.n_observed:,} observed, prefill x {prefill:.3f}, "
-            f"decode x {decode:.3f}>"
-        )
+        factors = "prefill x {:.3f}, decode x {:.3f}".format(*self.overall())
+        return f"<OnlineCalibrator of {self.table!r}: {self.n_observed:,} observed, {factors}>"
 
     def _identity(self) -> tuple[object, ...]:
-        return self._table.meta.get("content_hash"), self._table.keys, self.half_life
+        return self.table.meta.get("content_hash"), self.table.keys, self.half_life
 
     def _histograms(self) -> list[RatioHistogram]:
         return [*self._all, *(held for known in self._known.values() for held in known[-2:])]
 
     def _known_to_the_table(self, key: Key) -> _Known:
         """What is known of a key that is written in another way, or filled in: of such a one, nothing is kept."""
-        entry = self._table[key]
+        entry = self.table[key]
         return self._known.get(entry.key) or _known(entry)
 
     def _predict(
@@ -341,7 +318,7 @@ class OnlineCalibrator:
         start = whole_number("prompt_tokens", prompt_tokens, 0)
         n = whole_number("output_tokens", output_tokens, 1)
         entry, (_, step, ratio) = known.entry, known.entry._pieces
-        median, tail = (self._table.quantiles.index(q) for q in (0.5, _TAIL))
+        median, tail = (self.table.quantiles.index(q) for q in (0.5, _TAIL))
         before_ms, until_ms = (0.0 if step is None else sum_to(step, median, x) for x in (start, start + n - 1))
         at_prompt = entry.prefill_ms(start), entry.prefill_ms(start, _TAIL), before_ms
         ratios = ratio and (value_at(ratio, median, n - 1), value_at(ratio, tail, n - 1))
@@ -359,7 +336,7 @@ class OnlineCalibrator:
         if held is not None and all(abs(new / old - 1.0) < _NEAR for new, old in zip(factors, held[1], strict=True)):
             self._entries[entry.key] = self.n_observed, held[1], held[2]
             return held[2]
-        table = self._table
+        table = self.table
         figures = mapped_key(entry._figures, _maps(factors), table.quantiles.index(0.5))
         corrected = Entry(figures, table.quantiles, table.figures.key_columns, entry._lengths)
         if len(self._entries) >= _KEPT:
@@ -369,9 +346,8 @@ class OnlineCalibrator:
 
     def _factors(self, key: Key) -> Factors:
         known = self._known.get(key)
-        return (
-            self.overall() if known is None else Factors(self._factor(0, known.prefill), self._factor(1, known.decode))
-        )
+        own = (None, None) if known is None else known[-2:]
+        return Factors(self._factor(0, own[0]), self._factor(1, own[1]))
 
     def _factor(self, stage: int, own: RatioHistogram | None) -> float:
         """The correction of a stage, for a configuration with observations of its own."""
@@ -395,7 +371,8 @@ class OnlineCalibrator:
         beyond = round(n * histogram.beyond_tail / histogram.total)
         above = n - round(n * histogram.share_below(bins)), n - round(n * histogram.share_below(-bins))
         within = {0.5: round(n * histogram.share_below(0)), _TAIL: n - beyond}
-        return Coverage(stage, key, n, n_table, {0.5: above, _TAIL: (beyond, beyond)}, within, histogram.median())
+        ratio = exp(histogram.log_median())
+        return Coverage(stage, key, n, n_table, {0.5: above, _TAIL: (beyond, beyond)}, within, ratio)
 
 
 def _maps(factors: Factors) -> KeyMaps:

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from lutest.reader.table import LatencyTable
 
-__all__ = ["MOST_RUNS", "PairedRuns", "PairedSteps", "pair_runs", "pair_steps"]
-
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -22,41 +20,40 @@ _LEAST_SHARE = 1e-3  # of what is predicted: stands for a decode that was clampe
 
 
 @dataclass(frozen=True)
-class PairedRuns:
-    """Runs of one stage, all arrays of shape (n,).
+class PairedSteps:
+    """Timed decode steps, all arrays of shape (n_steps,).
 
     Attributes
     ----------
     key_id : ndarray of int
         Place of the configuration in the table.
     observed_ms : ndarray
-        Prefill, or decode per step.
     predicted_ms : dict
         Quantile of the table → what it says of the same.
-    weight : ndarray
-        How much a run says, at most 1: the mean of few steps less than that of many.
     place : ndarray of int
-        Which run it is, from 0 in order of source and row.
-    n_steps : ndarray of int
-        Decode steps of the run; 1 for prefill.
+        Which run it is of, rising in order of source and row.
     """
 
     key_id: Ints
     observed_ms: Floats
     predicted_ms: Mapping[float, Floats]
-    weight: Floats
     place: Ints
-    n_steps: Ints
 
 
 @dataclass(frozen=True)
-class PairedSteps:
-    """Timed decode steps, all arrays of shape (n_steps,); `place` and `key_id` as in `PairedRuns`."""
+class PairedRuns(PairedSteps):
+    """Runs of one stage, all arrays of shape (n,): prefill, or decode per step.
 
-    key_id: Ints
-    observed_ms: Floats
-    predicted_ms: Mapping[float, Floats]
-    place: Ints
+    Attributes
+    ----------
+    n_steps : ndarray of int
+        Decode steps of the run; 1 for prefill.
+    weight : ndarray
+        How much a run says, at most 1: the mean of few steps less than that of many.
+    """
+
+    n_steps: Ints
+    weight: Floats
 
 
 def pair_runs(connection: duckdb.DuckDBPyConnection, table: LatencyTable) -> tuple[PairedRuns, PairedRuns]:
@@ -64,36 +61,29 @@ def pair_runs(connection: duckdb.DuckDBPyConnection, table: LatencyTable) -> tup
     connection.execute(
         f"""
         CREATE OR REPLACE TEMP TABLE paired_runs AS
-        WITH picked AS (
-            SELECT *
-            FROM matched_runs
-            QUALIFY row_number() OVER (ORDER BY run_hash, source_id, "row") <= {MOST_RUNS}
-        )
-        SELECT row_number() OVER (ORDER BY source_id, "row") - 1 AS place, *
-        FROM picked
+        SELECT row_number() OVER (ORDER BY source_id, "row") AS place, *
+        FROM matched_runs
+        QUALIFY row_number() OVER (ORDER BY run_hash, source_id, "row") <= {MOST_RUNS}
         """
     )
     runs = connection.execute(
         "SELECT place, key_id, prompt_tokens, output_tokens, prefill_ms, decode_ms FROM paired_runs ORDER BY place"
-    ).fetchnumpy()
-    held = {name: np.asarray(values) for name, values in runs.items()}
-    key_id, prompt = held["key_id"], held["prompt_tokens"]
-    prefill = PairedRuns(
-        key_id,
-        held["prefill_ms"].astype(np.float64),
-        {q: table.batch.prefill_ms(key_id, prompt, q) for q in table.quantiles},
-        np.ones(len(key_id)),
-        held["place"],
-        np.ones(len(key_id), dtype=np.int64),
+    ).df()
+    place, key_id, prompt, output, prefill_ms, decode_ms = (runs[name].to_numpy() for name in runs)
+    predicted = {q: table.batch.prefill_ms(key_id, prompt, q) for q in table.quantiles}
+    prefill = PairedRuns(key_id, prefill_ms, predicted, place, np.ones_like(key_id), np.ones(len(key_id)))
+    several = (output >= 2) & _has_decode(table)[key_id]
+    place, key_id, prompt, output, decode_ms = (
+        values[several] for values in (place, key_id, prompt, output, decode_ms)
     )
-    has_decode = np.array([key.decode_curve is not None for key in table.figures.keys])
-    several = (held["output_tokens"] >= 2) & has_decode[key_id]
-    key_id, prompt, output = key_id[several], prompt[several], held["output_tokens"][several]
-    n_steps = output - 1
+    n_steps = output.astype(np.int64) - 1
     predicted = {q: table.batch.decode_ms(key_id, prompt, output, q) / n_steps for q in table.quantiles}
-    observed = np.maximum(held["decode_ms"][several] / n_steps, _LEAST_SHARE * predicted[0.5])
-    decode = PairedRuns(key_id, observed, predicted, n_steps / (n_steps + 2.0), held["place"][several], n_steps)
-    return prefill, decode
+    observed = np.maximum(decode_ms / n_steps, _LEAST_SHARE * predicted[0.5])
+    return prefill, PairedRuns(key_id, observed, predicted, place, n_steps, n_steps / (n_steps + 2.0))
+
+
+def _has_decode(table: LatencyTable) -> NDArray[np.bool_]:
+    return np.array([key.decode_curve is not None for key in table.figures.keys])
 
 
 def pair_steps(connection: duckdb.DuckDBPyConnection, table: LatencyTable) -> PairedSteps:
@@ -114,10 +104,8 @@ def pair_steps(connection: duckdb.DuckDBPyConnection, table: LatencyTable) -> Pa
         ORDER BY place, position
         LIMIT {_MOST_STEPS}
         """
-    ).fetchnumpy()
-    held = {name: np.asarray(values) for name, values in steps.items()}
-    has_decode = np.array([key.decode_curve is not None for key in table.figures.keys])
-    known = has_decode[held["key_id"]] if len(held["key_id"]) else np.zeros(0, dtype=bool)
-    held = {name: values[known] for name, values in held.items()}
-    predicted = {q: table.batch.decode_step_ms(held["key_id"], held["kv_len"], q) for q in table.quantiles}
-    return PairedSteps(held["key_id"], held["step_ms"].astype(np.float64), predicted, held["place"])
+    ).df()
+    steps = steps[_has_decode(table)[steps["key_id"].to_numpy(dtype=np.int64)]]
+    place, key_id, kv_len, step_ms = (steps[name].to_numpy() for name in steps)
+    predicted = {q: table.batch.decode_step_ms(key_id, kv_len, q) for q in table.quantiles}
+    return PairedSteps(key_id, step_ms.astype(np.float64), predicted, place)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lutest.calibration.key_similarity import EACH, NEAR, key_places, similarities
+from lutest.calibration.key_similarity import EACH, NEAR, similarities
 from lutest.reader.arguments import whole_number
-from lutest.reader.curves import key_pieces, value_at
 from lutest.reader.errors import ArgumentError
 from lutest.reader.figures import Figures, Key
 from lutest.reader.loading import load
 from lutest.reader.table import LatencyTable
-
-__all__ = ["Plan", "PlannedRun", "plan"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -95,7 +93,8 @@ def plan(table: LatencyTable | str | os.PathLike[str], n: int) -> Plan:
     held = table if isinstance(table, LatencyTable) else load(table)
     figures = held.figures
     key_id, prompts = _candidates(figures)
-    covariance = _covariance(figures, key_id, prompts)
+    parts = similarities(figures.key_columns, held.keys)
+    covariance = _covariance(parts, key_id, held.batch.prefill_ms(key_id, prompts))
     picked, deviation = _greedy(covariance, count)
     chance = np.random.default_rng(0)
     draws = [chance.integers(len(key_id), size=count) for _ in range(_RANDOM_DRAWS)]
@@ -115,18 +114,13 @@ def _candidates(figures: Figures) -> tuple[Ints, Ints]:
     return columns[0], columns[1]
 
 
-def _covariance(figures: Figures, key_id: Ints, prompts: Ints) -> Floats:
+def _covariance(parts: Mapping[str, Floats], key_id: Ints, p50_ms: Floats) -> Floats:
     """Prior covariance of log(new P50 / old P50) of the candidates."""
-    places = key_places(figures.key_columns, [held.key for held in figures.keys]).of(key_id)
-    parts = similarities(places, places)
-    median = figures.quantiles.index(0.5)
-    curves = [key_pieces(held, median).prefill for held in figures.keys]
-    p50_ms = np.array([value_at(curves[k], median, int(x)) for k, x in zip(key_id, prompts, strict=True)])
+    strengths = {**dict.fromkeys(parts, _COLUMN), NEAR: _NEAR, EACH: _EACH}
+    shared = sum((strengths[name] * part for name, part in parts.items()), np.zeros_like(parts[EACH]))
     shape = 1.0 / p50_ms  # what an offset does to the logarithm
     shape = (shape - shape.mean()) / (np.ptp(shape) or 1.0)
-    strengths = {**dict.fromkeys(parts, _COLUMN), NEAR: _NEAR, EACH: _EACH}
-    shared = sum((strengths[name] * parts[name] for name in parts), np.full_like(parts[EACH], _LEVEL))
-    return np.asarray(shared + _SHAPE * np.outer(shape, shape))
+    return np.asarray(_LEVEL + shared[np.ix_(key_id, key_id)] + _SHAPE * np.outer(shape, shape))
 
 
 def _greedy(covariance: Floats, count: int) -> tuple[list[int], float]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import exp
-
-__all__ = ["BINS_PER_UNIT", "MIDDLE", "RatioHistogram", "add"]
 
 BINS_PER_UNIT = 100.0  # a bin is 1 % wide
 MIDDLE = 208  # the bin that begins at a ratio of 1; an eighth and eightfold are the ends, where all beyond is counted
@@ -53,10 +50,6 @@ class RatioHistogram:
         self.place, self.below = place, below
         within = (half - below) / counts[place] if counts[place] > 0.0 else 0.5
         return (place - MIDDLE + min(max(within, 0.0), 1.0)) / BINS_PER_UNIT
-
-    def median(self) -> float:
-        """The median ratio."""
-        return exp(self.log_median())
 
     def share_below(self, percent: int) -> float:
         """Share of the observations below so many percent (of a log) beyond their P50."""
@@ -109,14 +102,10 @@ def add(one: RatioHistogram, other: RatioHistogram, place: int, weight: float, s
     """Add an observation to two: its bin, or the end that it lies beyond, and whether it is above the tail quantile."""
     if not 0 <= place <= _LAST:
         place = 0 if place < 0 else _LAST
-    one.counts[place] += weight
-    one.total += weight
-    if place < one.place:
-        one.below += weight
-    other.counts[place] += weight
-    other.total += weight
-    if place < other.place:
-        other.below += weight
-    if slow:
-        one.beyond_tail += weight
-        other.beyond_tail += weight
+    for histogram in (one, other):
+        histogram.counts[place] += weight
+        histogram.total += weight
+        if place < histogram.place:
+            histogram.below += weight
+        if slow:
+            histogram.beyond_tail += weight

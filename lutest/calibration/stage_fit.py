@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lutest.calibration.key_similarity import KeyPlaces, similarities, varying_components
+from lutest.calibration.key_similarity import EACH, varying_components
 from lutest.calibration.paired_runs import PairedRuns
-
-__all__ = ["StageFit", "fit_stage", "share_level"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -99,7 +97,7 @@ class _Candidate:
     strengths: dict[str, float]
 
 
-def fit_stage(runs: PairedRuns, places: KeyPlaces, unit_ms: float) -> StageFit:
+def fit_stage(runs: PairedRuns, parts: Mapping[str, Floats], unit_ms: float) -> StageFit:
     """Fit the map of one stage.
 
     log(observed) is log(max(predicted + shift, least)) plus a scale of the configuration plus noise. The scales are a
@@ -112,8 +110,8 @@ def fit_stage(runs: PairedRuns, places: KeyPlaces, unit_ms: float) -> StageFit:
     ----------
     runs : PairedRuns
         One run or more.
-    places : KeyPlaces
-        Of all configurations of the table.
+    parts : mapping
+        Component → covariance of all configurations of the table, as `similarities` gives it.
     unit_ms : float
         The least P50 of the table: offsets stay well above its negative, so that nothing falls to zero.
 
@@ -122,22 +120,19 @@ def fit_stage(runs: PairedRuns, places: KeyPlaces, unit_ms: float) -> StageFit:
     C. E. Rasmussen and C. K. I. Williams, Gaussian Processes for Machine Learning (2006), sections 2.7 and 5.4.2.
     P. J. Huber (1964), Robust estimation of a location parameter, Ann. Math. Stat. 35.
     """
-    own = places.of(runs.key_id)
-    parts = similarities(own, own)
-    chosen = _choose(runs, parts, varying_components(own), unit_ms)
-    covariance = _covariance(chosen.strengths, parts)
-    target = _target(runs, chosen.shift_ms, chosen.least_ms)
-    weights, left_out, inverse = _solved(covariance, target, runs.weight)
-    to_all = _covariance(chosen.strengths, similarities(places, own))
+    own = {name: part[np.ix_(runs.key_id, runs.key_id)] for name, part in parts.items()}
+    chosen = _choose(runs, own, varying_components(parts, runs.key_id), unit_ms)
+    weights, left_out, inverse = _solved(runs, own, chosen)
+    of_all = _covariance(chosen.strengths, parts)
+    to_all = of_all[:, runs.key_id]
     explained = np.einsum("ij,jk,ik->i", to_all, inverse, to_all)
-    of_all = np.diag(_covariance(chosen.strengths, similarities(places, places)))
     # the variance of a run: what is left out, standardised, has variance 1 in units of it
     noise = _squared_scale(left_out * np.sqrt(np.diag(inverse)))
     return StageFit(
         scale=np.exp(to_all @ weights),
         shift_ms=chosen.shift_ms,
         least_ms=chosen.least_ms,
-        deviation=np.sqrt(noise * np.maximum(of_all - explained, 0.0)),
+        deviation=np.sqrt(noise * np.maximum(np.diag(of_all) - explained, 0.0)),
         left_out=left_out,
         strengths=chosen.strengths,
         error=float(np.average(np.abs(left_out), weights=runs.weight)),
@@ -159,9 +154,8 @@ def _choose(runs: PairedRuns, parts: Mapping[str, Floats], components: tuple[str
             if not (shift > 0.0 and least > _NO_FLOOR)
         ]
         weights = _worths(runs, parts, tried, unit_ms)
-        shift_ms = float(weights @ [candidate.shift_ms for candidate in tried])
-        least_ms = float(weights @ [candidate.least_ms for candidate in tried])
-        chosen = _Candidate(shift_ms, least_ms, chosen.strengths)
+        shift_ms, least_ms = weights @ [(candidate.shift_ms, candidate.least_ms) for candidate in tried]
+        chosen = _Candidate(float(shift_ms), float(least_ms), chosen.strengths)
         for name in components:
             tried = [replace(chosen, strengths={**chosen.strengths, name: strength}) for strength in _STRENGTHS]
             weights = _worths(runs, parts, tried, unit_ms)
@@ -186,28 +180,25 @@ def _worths(runs: PairedRuns, parts: Mapping[str, Floats], candidates: Sequence[
 
 
 def _errors(runs: PairedRuns, parts: Mapping[str, Floats], candidate: _Candidate) -> Floats:
-    target = _target(runs, candidate.shift_ms, candidate.least_ms)
-    _, left_out, _ = _solved(_covariance(candidate.strengths, parts), target, runs.weight)
+    _, left_out, _ = _solved(runs, parts, candidate)
     return np.asarray(np.minimum(np.abs(left_out), _LARGEST_ERROR))
 
 
-def _target(runs: PairedRuns, shift_ms: float, least_ms: float) -> Floats:
-    mapped = np.maximum(runs.predicted_ms[0.5] + shift_ms, least_ms)
-    return np.asarray(np.log(runs.observed_ms) - np.log(mapped))
-
-
 def _covariance(strengths: Mapping[str, float], parts: Mapping[str, Floats]) -> Floats:
-    level = np.full_like(next(iter(parts.values())), _LEVEL_STRENGTH)
+    level = np.full_like(parts[EACH], _LEVEL_STRENGTH)
     return sum((strength * parts[name] for name, strength in strengths.items()), level)
 
 
-def _solved(covariance: Floats, target: Floats, weight: Floats) -> tuple[Floats, Floats, Floats]:
+def _solved(runs: PairedRuns, parts: Mapping[str, Floats], candidate: _Candidate) -> tuple[Floats, Floats, Floats]:
     """Weights of the runs in the fitted scales, the residual of each run left out, and the inverse that gave them."""
+    mapped = np.maximum(runs.predicted_ms[0.5] + candidate.shift_ms, candidate.least_ms)
+    target = np.log(runs.observed_ms) - np.log(mapped)
+    covariance = _covariance(candidate.strengths, parts)
     left_out = target - np.median(target)  # to start with: a mean of all would follow what lies far out
     for _ in range(_REWEIGHTINGS):
         size = np.abs(left_out)
         reach = _OUTLYING * (1.4826 * float(np.median(size)) + 1e-9)
-        robust = weight * np.minimum(1.0, reach / np.maximum(size, 1e-12))
+        robust = runs.weight * np.minimum(1.0, reach / np.maximum(size, 1e-12))
         inverse = np.linalg.inv(covariance + np.diag(1.0 / robust))
         weights = inverse @ target
         left_out = weights / np.diag(inverse)

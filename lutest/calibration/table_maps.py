@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from lutest.calibration.key_similarity import key_places
+from lutest.calibration.key_similarity import similarities
 from lutest.calibration.maps import KeyMaps, StageMap
 from lutest.calibration.paired_runs import PairedRuns, PairedSteps
 from lutest.calibration.stage_fit import StageFit, fit_stage, share_level
 from lutest.reader.figures import Figures, Key
-
-__all__ = ["StageCalibration", "fit_maps"]
 
 Floats = NDArray[np.float64]
 
@@ -68,38 +66,71 @@ def fit_maps(
     prefill, decode, steps
         Runs of the new device beside what the table says of them; one run or more, perhaps none for decode.
     """
-    quantiles = figures.quantiles
-    places = key_places(figures.key_columns, [held.key for held in figures.keys])
-    prefill_fit = fit_stage(prefill, places, _least_p50_ms(figures, decode=False))
-    if not len(decode.key_id):
-        prefill_stretch = _stretches(prefill, prefill_fit, quantiles)
-        maps = {
-            held.key: KeyMaps(prefill=_stage_map(prefill_fit, number, prefill_stretch, quantiles))
-            for number, held in enumerate(figures.keys)
-        }
-        return maps, _summary(prefill, prefill_fit, prefill_stretch), None
-    decode_fit = fit_stage(decode, places, _least_p50_ms(figures, decode=True))
-    prefill_fit, decode_fit = share_level(prefill_fit, decode_fit)
-    prefill_stretch = _stretches(prefill, prefill_fit, quantiles)
-    decode_stretch = _stretches(decode, decode_fit, quantiles)
+    parts = similarities(figures.key_columns, [held.key for held in figures.keys])
+    fits = [fit_stage(prefill, parts, _least_p50_ms(figures, decode=False))]
+    if len(decode.key_id):
+        fits = [*share_level(fits[0], fit_stage(decode, parts, _least_p50_ms(figures, decode=True)))]
+    one, *others = (_Stage(*stage) for stage in zip((prefill, decode), fits, strict=False))
+    if not others:
+        maps = {held.key: KeyMaps(one.map_of(number, one.stretch)) for number, held in enumerate(figures.keys)}
+        return maps, one.summary(), None
+    (other,) = others
     step_stretch, correlations = {}, []
-    for i, q in enumerate(quantiles):
-        if q == 0.5:
-            correlations.append([held.correlations[i] for held in figures.keys])
-            continue
-        step_stretch[q] = _step_stretch(decode, decode_fit, steps, q) or decode_stretch[q]
-        both = _deviations(prefill, prefill_fit, prefill_stretch[q], decode, decode_fit, decode_stretch[q], q)
-        correlations.append([_fit_correlation(*both, q, held.correlations[i]) for held in figures.keys])
+    for q, held in zip(figures.quantiles, zip(*(key.correlations for key in figures.keys), strict=True), strict=True):
+        fitted = None
+        if q != 0.5:
+            step_stretch[q] = _step_stretch(other, steps, q) or other.stretch[q]
+            fitted = _fit_correlation(*_deviations(one, other, q), q)
+        correlations.append(held if fitted is None else (fitted,) * len(held))
     maps = {}
-    for number, held in enumerate(figures.keys):
-        step = _stage_map(decode_fit, number, step_stretch, quantiles)
-        maps[held.key] = KeyMaps(
-            prefill=_stage_map(prefill_fit, number, prefill_stretch, quantiles),
-            decode_step=step,
-            decode_total=_stage_map(decode_fit, number, decode_stretch, quantiles),
-            correlations=tuple(column[number] for column in correlations),
+    for number, (key, together) in enumerate(zip(figures.keys, zip(*correlations, strict=True), strict=True)):
+        step, total = other.map_of(number, step_stretch), other.map_of(number, other.stretch)
+        maps[key.key] = KeyMaps(one.map_of(number, one.stretch), step, total, together)
+    return maps, one.summary(), other.summary()
+
+
+class _Stage:
+    """Runs of one stage, the map fitted to them, and by quantile what stretches its distance to the P50."""
+
+    def __init__(self, runs: PairedRuns, fit: StageFit) -> None:
+        self.runs, self.fit = runs, fit
+        n = len(runs.key_id)
+        self.stretch = {
+            q: _fit_stretch(fit.left_out, self.spread(runs, q), q, n) for q in runs.predicted_ms if q != 0.5
+        }
+
+    def spread(self, runs: PairedSteps, q: float) -> Floats:
+        """Size of log(quantile / P50): the table's, and how uncertain the scale is, as independent deviations."""
+        own = np.log(runs.predicted_ms[q] / runs.predicted_ms[0.5])
+        uncertain = _normal_score(q) * self.fit.deviation[runs.key_id]
+        return np.asarray(np.maximum(np.hypot(own, uncertain), _LEAST_SPREAD))
+
+    def seen(self, runs: PairedSteps) -> Floats:
+        """log(observed / P50) by the map."""
+        mapped = np.maximum(runs.predicted_ms[0.5] + self.fit.shift_ms, self.fit.least_ms)
+        return np.asarray(np.log(runs.observed_ms) - np.log(self.fit.scale[runs.key_id] * mapped))
+
+    def map_of(self, number: int, stretch: Mapping[float, float]) -> StageMap:
+        scale, deviation = float(self.fit.scale[number]), float(self.fit.deviation[number])
+        return StageMap(
+            scale=scale,
+            offset_ms=scale * self.fit.shift_ms,
+            least_ms=scale * self.fit.least_ms,
+            stretch=tuple(stretch.get(q, 1.0) for q in self.runs.predicted_ms),
+            widening=tuple(abs(_normal_score(q)) * deviation for q in self.runs.predicted_ms),
         )
-    return maps, _summary(prefill, prefill_fit, prefill_stretch), _summary(decode, decode_fit, decode_stretch)
+
+    def summary(self) -> StageCalibration:
+        fit, middle = self.fit, float(np.median(self.fit.scale))
+        return StageCalibration(
+            n=len(self.runs.key_id),
+            scale=(float(fit.scale.min()), middle, float(fit.scale.max())),
+            offset_ms=middle * fit.shift_ms,
+            least_ms=middle * fit.least_ms,
+            shared={name: strength for name, strength in fit.strengths.items() if strength > 0.0},
+            error=fit.error,
+            stretch=self.stretch,
+        )
 
 
 def _least_p50_ms(figures: Figures, *, decode: bool) -> float:
@@ -108,91 +139,33 @@ def _least_p50_ms(figures: Figures, *, decode: bool) -> float:
     return min(min(curve.values_ms[median]) for curve in curves if curve is not None)
 
 
-def _stretches(runs: PairedRuns, fit: StageFit, quantiles: Sequence[float]) -> dict[float, float]:
-    n = len(runs.key_id)
-    return {q: _fit_stretch(fit.left_out, _spread(runs, fit, q), q, n) for q in quantiles if q != 0.5}
-
-
-def _spread(runs: PairedRuns, fit: StageFit, q: float) -> Floats:
-    return _log_spread(runs.predicted_ms, q, fit.deviation[runs.key_id])
-
-
-def _mapped(fit: StageFit, key_id: NDArray[np.int64], predicted_ms: Floats) -> Floats:
-    return np.asarray(fit.scale[key_id] * np.maximum(predicted_ms + fit.shift_ms, fit.least_ms))
-
-
-def _step_stretch(runs: PairedRuns, fit: StageFit, steps: PairedSteps, q: float) -> float | None:
+def _step_stretch(decode: _Stage, steps: PairedSteps, q: float) -> float | None:
     """The stretch of single steps, by maps that did not see their run; None where no step was timed."""
     n_runs = len(np.unique(steps.place))
     if not n_runs:
         return None
     # what leaving its run out moves the P50 of a run's steps by
-    seen = np.log(runs.observed_ms) - np.log(_mapped(fit, runs.key_id, runs.predicted_ms[0.5]))
-    at = np.searchsorted(runs.place, steps.place)
-    moved = (fit.left_out - seen)[at]
-    left_out = np.log(steps.observed_ms) - np.log(_mapped(fit, steps.key_id, steps.predicted_ms[0.5])) + moved
-    return _fit_stretch(left_out, _log_spread(steps.predicted_ms, q, fit.deviation[steps.key_id]), q, n_runs)
+    moved = decode.fit.left_out - decode.seen(decode.runs)
+    left_out = decode.seen(steps) + moved[np.searchsorted(decode.runs.place, steps.place)]
+    return _fit_stretch(left_out, decode.spread(steps, q), q, n_runs)
 
 
-def _deviations(
-    prefill: PairedRuns,
-    prefill_fit: StageFit,
-    prefill_stretch: float,
-    decode: PairedRuns,
-    decode_fit: StageFit,
-    decode_stretch: float,
-    q: float,
-) -> tuple[Floats, Floats, Floats]:
+def _deviations(prefill: _Stage, decode: _Stage, q: float) -> tuple[Floats, Floats, Floats]:
     """Totals less their P50, and the sizes of both stages' deviations, of runs with decode."""
-    at = np.searchsorted(prefill.place, decode.place)
-    beyond_ms = np.zeros(len(at))
-    sizes = []
+    rows = np.searchsorted(prefill.runs.place, decode.runs.place)
     side = 1.0 if q > 0.5 else -1.0
-    for runs, fit, stretch, rows, times in (
-        (prefill, prefill_fit, prefill_stretch, at, np.ones(len(at))),
-        (decode, decode_fit, decode_stretch, np.arange(len(at)), decode.n_steps),
-    ):
-        observed_ms = runs.observed_ms[rows] * times
-        p50_ms = observed_ms * np.exp(-fit.left_out[rows])
+    beyond_ms, sizes = np.zeros(len(rows)), []
+    for stage, at in ((prefill, rows), (decode, np.arange(len(rows)))):
+        observed_ms = (stage.runs.observed_ms * stage.runs.n_steps)[at]
+        p50_ms = observed_ms * np.exp(-stage.fit.left_out[at])
         beyond_ms += observed_ms - p50_ms
-        sizes.append(p50_ms * np.abs(np.expm1(side * stretch * _spread(runs, fit, q)[rows])))
+        sizes.append(p50_ms * np.abs(np.expm1(side * stage.stretch[q] * stage.spread(stage.runs, q)[at])))
     return beyond_ms, sizes[0], sizes[1]
-
-
-def _stage_map(fit: StageFit, number: int, stretch: Mapping[float, float], quantiles: Sequence[float]) -> StageMap:
-    scale = float(fit.scale[number])
-    deviation = float(fit.deviation[number])
-    return StageMap(
-        scale=scale,
-        offset_ms=scale * fit.shift_ms,
-        least_ms=scale * fit.least_ms,
-        stretch=tuple(stretch.get(q, 1.0) for q in quantiles),
-        widening=tuple(abs(_normal_score(q)) * deviation for q in quantiles),
-    )
-
-
-def _summary(runs: PairedRuns, fit: StageFit, stretch: dict[float, float]) -> StageCalibration:
-    middle = float(np.median(fit.scale))
-    return StageCalibration(
-        n=len(runs.key_id),
-        scale=(float(fit.scale.min()), middle, float(fit.scale.max())),
-        offset_ms=middle * fit.shift_ms,
-        least_ms=middle * fit.least_ms,
-        shared={name: strength for name, strength in fit.strengths.items() if strength > 0.0},
-        error=fit.error,
-        stretch=stretch,
-    )
 
 
 def _normal_score(q: float) -> float:
     """The standard normal quantile."""
     return float(stats.norm.ppf(q))
-
-
-def _log_spread(predicted_ms: Mapping[float, Floats], q: float, deviation: Floats) -> Floats:
-    """Size of log(quantile / P50): what the table says, and how uncertain the scale is, as independent deviations."""
-    own = np.log(predicted_ms[q] / predicted_ms[0.5])
-    return np.asarray(np.maximum(np.hypot(own, _normal_score(q) * deviation), _LEAST_SPREAD))
 
 
 def _fit_stretch(left_out: Floats, spread: Floats, q: float, n_runs: int) -> float:
@@ -207,7 +180,7 @@ def _fit_stretch(left_out: Floats, spread: Floats, q: float, n_runs: int) -> flo
     left_out : ndarray, shape (n,)
         log(observed / P50) of runs, or steps, by maps that did not see them.
     spread : ndarray, shape (n,)
-        `_log_spread` of each.
+        Size of log(quantile / P50) of each.
     q : float
         The quantile; not 0.5.
     n_runs : int
@@ -233,7 +206,7 @@ def _fit_stretch(left_out: Floats, spread: Floats, q: float, n_runs: int) -> flo
     return min(max(stretch, 0.0), _LARGEST_STRETCH)
 
 
-def _fit_correlation(beyond_ms: Floats, prefill_ms: Floats, decode_ms: Floats, q: float, otherwise: float) -> float:
+def _fit_correlation(beyond_ms: Floats, prefill_ms: Floats, decode_ms: Floats, q: float) -> float | None:
     """How far the deviations of prefill and decode go together, so that the share q of the totals lies below theirs.
 
     Parameters
@@ -244,13 +217,16 @@ def _fit_correlation(beyond_ms: Floats, prefill_ms: Floats, decode_ms: Floats, q
         Sizes of the deviations of the quantile q from the P50 in both stages.
     q : float
         The quantile; not 0.5.
-    otherwise : float
-        The answer where the runs are too few.
+
+    Returns
+    -------
+    float or None
+        None where the runs are too few.
     """
     n = len(beyond_ms)
     level = max(q, 1.0 - q) * (n + 1) / n if n else 2.0
     if level > 1.0:
-        return otherwise
+        return None
     side = 1.0 if q > 0.5 else -1.0
     size = side * beyond_ms
     both = np.maximum(2 * prefill_ms * decode_ms, 1e-300)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import lutest
-from lutest.calibration.key_similarity import EACH, NEAR, key_places, similarities, varying_components
+from lutest.calibration.key_similarity import EACH, NEAR, similarities, varying_components
 from lutest.reader.figures import KeyColumn
 from lutest.reward.latency import LatencyReward
 from lutest.reward.rollout import Columns
@@ -99,15 +99,14 @@ def test_a_reward_reads_the_tables_own_key_columns(serving_table: Path) -> None:
 def test_numbers_are_axes_and_categories_levels() -> None:
     columns = (KeyColumn("gpu", "category", "VARCHAR"), KeyColumn("users", "number", "BIGINT"))
     keys = [("A", 1), ("A", 4), ("A", 16), ("B", 4)]
-    places = key_places(columns, keys)
-    assert places.values[:, 1] == pytest.approx([-0.5, 0.0, 0.5, 0.0])
-    alike = similarities(places, places)
+    alike = similarities(columns, keys)
     assert list(alike) == ["gpu", "users", NEAR, EACH]
     assert alike["gpu"][0].tolist() == [1.0, 1.0, 1.0, 0.0]
-    assert alike["users"][0] == pytest.approx([0.25, 0.0, -0.25, 0.0])
+    for place, row in zip((-0.5, 0.0, 0.5, 0.0), alike["users"], strict=True):
+        assert row == pytest.approx([-0.5 * place, 0.0, 0.5 * place, 0.0])
     assert alike[NEAR][1] == pytest.approx([math.exp(-0.25 / 0.18), 1.0, math.exp(-0.25 / 0.18), 0.0])
-    assert varying_components(places) == ("gpu", "users", NEAR, EACH)
-    assert varying_components(places.of(np.array([1, 3]))) == ("gpu", EACH)
-    with_zero = key_places(columns[1:], [(0,), (1,), (4,)])
-    assert with_zero.values[:, 0] == pytest.approx([-0.5, -0.25, 0.5])
-    assert varying_components(key_places(columns[:1], [("A",), ("B",), ("C",)])) == ("gpu", EACH)
+    assert varying_components(alike, np.arange(4)) == ("gpu", "users", NEAR, EACH)
+    assert varying_components(alike, np.array([1, 3])) == ("gpu", EACH)
+    with_zero = similarities(columns[1:], [(0,), (1,), (4,)])
+    assert with_zero["users"][0] == pytest.approx([0.25, 0.125, -0.25])
+    assert varying_components(similarities(columns[:1], [("A",), ("B",), ("C",)]), np.arange(3)) == ("gpu", EACH)
