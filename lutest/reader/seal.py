@@ -11,12 +11,12 @@ import os
 from typing import BinaryIO
 
 from lutest.reader.errors import TableError
+from lutest.reader.names import REBUILD
 
 _HEADER_BYTES = 3 * 4096  # DuckDB's headers, of which it rewrites one whenever it changes a file
 _CHUNK_BYTES = 1 << 20
 _MAGIC = b"\nlutest seal 1 "
 _SEAL_BYTES = len(_MAGIC) + 64 + 1 + 64 + 1
-_REBUILD = "build it again with `lutest build`"
 
 
 def write_seal(path: str | os.PathLike[str]) -> None:
@@ -60,9 +60,9 @@ def check_seal(path: str | os.PathLike[str], *, required: bool) -> None:
     elif found[headers] != expected[headers]:
         problem = "changed since `lutest build` sealed it"
     else:
-        raise TableError(f"{name}: damaged: its bytes are not those that `lutest build` sealed; {_REBUILD}")
+        raise TableError(f"{name}: damaged: its bytes are not those that `lutest build` sealed; {REBUILD}")
     if required:
-        raise TableError(f"{name}: {problem}; {_REBUILD}")
+        raise TableError(f"{name}: {problem}; {REBUILD}")
 
 
 def _seal(file: BinaryIO, size: int) -> bytes:
