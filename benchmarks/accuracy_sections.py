@@ -115,8 +115,7 @@ _NAIVE = {"median of decode / (n - 1)": fit_key_median, "median of decode / n": 
 
 
 def _of_key(runs: Runs, key: lutest.Key) -> pd.Series[bool]:
-    frame = runs.frame
-    return (frame["tier"] == key.tier) & (frame["top_k"] == key.top_k) & (frame["num_blocks"] == key.num_blocks)
+    return (runs.frame[KEYS] == pd.Series(key, index=KEYS)).all(axis=1)
 
 
 def _kv_range(runs: Runs, key: lutest.Key) -> tuple[int, int]:
@@ -206,7 +205,7 @@ def unmeasured_keys(runs: Runs, most_keys: int) -> list[UnmeasuredKey]:
     for code in codes:
         own = runs.take(np.flatnonzero(all_keys == code))
         first = own.frame.iloc[0]
-        key = lutest.Key(str(first["tier"]), int(first["top_k"]), int(first["num_blocks"]))
+        key = str(first["tier"]), int(first["top_k"]), int(first["num_blocks"])
         without = build_table(runs.frame[all_keys != code], missing="interpolate").table
         try:
             filled = without.lookup(*key)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from accuracy_sections import LONG_OUTPUT_TOKENS, FitTime, SubtractionBias, SubtractionCurve, UnmeasuredKey
 
+from lutest import Key
+
 __all__ = [
     "FAILS",
     "HOLDS",
@@ -155,7 +157,7 @@ def print_time(taken: FitTime) -> list[Verdict]:
     return [verdict("6", taken.fit_seconds < 10, text)]
 
 
-def _shown(key: tuple[str, int, int]) -> str:
+def _shown(key: Key) -> str:
     return f"{key[0]}, top_k {key[1]}, {key[2]} blocks"
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from lutest.reader.errors import ArgumentError
 
 OUTERMOST_SCORE = 3.0  # 0.1 % on either side: what lies beyond is nothing that a table could know
+_PARTS = 20  # that all lengths are asked for in, before any is taken for straight
 _FLAT = 1e-7  # of the whole range: what is in between two ends this near is their mean
 _STEEP = 0.1  # of the whole range: what changes by more is looked into, however straight it seems
 
@@ -136,7 +137,12 @@ def mean_over_lengths(lengths: Lengths, at_length: Callable[[int], float], toler
     last_value = at_length(tokens[last])
     extent = abs(last_value - first_value)
     total = first_value * shares[1] + last_value * (1.0 - shares[last])
-    open_parts = [(0, first_value, last, last_value)]
+    at = sorted({round(part * last / _PARTS) for part in range(_PARTS + 1)})
+    values = [first_value, *(at_length(tokens[place]) for place in at[1:-1]), last_value]
+    total += sum(
+        value * (shares[place + 1] - shares[place]) for place, value in zip(at[1:-1], values[1:-1], strict=True)
+    )
+    open_parts = list(zip(at, values, at[1:], values[1:], strict=False))
     while open_parts:
         low, at_low, high, at_high = open_parts.pop()
         if high - low == 1:

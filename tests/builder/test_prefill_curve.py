@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lutest.builder.fit.prefill_curve import fit_prefill_curve
 
-KEYS = ["tier", "top_k", "num_blocks"]
+from tests.builder.keyed_fit import KEYS, fit_prefill_curve
+
 LEVELS = [0.1, 0.5, 0.95, 0.99]
 SHIPPED = Path(__file__).parents[2] / "tables" / "runs" / "direct.parquet"
 

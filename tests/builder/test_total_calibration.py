@@ -11,13 +11,10 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lutest.builder.fit.prefill_curve import fit_prefill_curve
-from lutest.builder.fit.step_curve import fit_step_curve
-from lutest.builder.fit.total_calibration import Fold, calibrate_totals
 
-from lutest.reader.names import KEY_COLUMNS, quantile_column, quantile_suffix
+from lutest.reader.names import quantile_column, quantile_suffix
+from tests.builder.keyed_fit import KEYS, calibrate_totals, fit_prefill_curve, fit_step_curve
 
-KEYS = list(KEY_COLUMNS)
 LEVELS = (0.05, 0.5, 0.95)
 BANDS = ((2, 2), (3, 5), (6, 10), (11, 20), (21, 50), (51, 10_000))
 SHIPPED_RUNS = Path(__file__).parents[2] / "tables" / "runs" / "direct.parquet"
@@ -163,19 +160,6 @@ def test_ten_runs_a_key_cover_although_curves_follow_them() -> None:
         predicted = predict(fresh, *curves, *calibrate_totals(seen, *curves, LEVELS), 0.95)
         shares.append([(predicted[f"{what}_ms"] <= predicted[f"{what}_q"]).mean() for what in ("decode", "total")])
     assert np.mean(shares, axis=0) == pytest.approx([0.95, 0.95], abs=0.02)
-
-
-def test_folds_judge_runs_by_curves_that_never_saw_them() -> None:
-    runs = make_runs(80, 1, seed=23, run_spread=0.2, step_spread=0.01)
-    following, true = flat_curves(runs, fitted=True), flat_curves(runs)
-    blind, _ = calibrate_totals(runs, *following, LEVELS)
-    told, _ = calibrate_totals(runs, *following, LEVELS, [Fold(set(runs["run_hash"]), *true)])
-    assert (blind["p95_ratio"] < 1.05).all()
-    assert told["p95_ratio"].mean() == pytest.approx(np.exp(1.6449 * 0.2), rel=0.1)
-    part = set(runs["run_hash"].iloc[::2])
-    rest = set(runs["run_hash"]) - part
-    halves, _ = calibrate_totals(runs, *following, LEVELS, [Fold(rest, *true), Fold(part, *true)])
-    pd.testing.assert_frame_equal(halves, told)
 
 
 def test_small_noise_gives_tight_bounds() -> None:

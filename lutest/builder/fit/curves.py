@@ -18,6 +18,8 @@ __all__ = ["fit_prefill_curve", "fit_step_curve"]
 
 _FIT_RUNS_PER_KEY = 400
 _FIT_STEPS_PER_KEY = 500
+_SHIFT_STEPS_PER_KEY = 4000
+_GOLDEN = 0.6180339887498949
 _GRID_PLACES = 65
 _LEAST_KNOTS = 5
 _MOST_KNOTS = 15
@@ -106,13 +108,18 @@ def fit_step_curve(
     centre = fit_centre(replace(thin, weight=1.0 / taken))
     correlation = _intraclass_correlation(thin.log_ms - centre(thin.key, thin.place), thin_run)
     worth = (length / (1 + correlation * (length - 1)))[run]
+    many = _thinned(data.key, run, _SHIFT_STEPS_PER_KEY, _GOLDEN)
+    kept = np.bincount(run[many], minlength=len(length))[run]
+    # Each step alike where there are many: a step of a long run is no less one that will come again.
+    by_key = np.bincount(data.key, worth / length[run]) / np.bincount(data.key)
+    alike = by_key[data.key] * length[run] / kept
     surface = fit_surface(
-        replace(thin, weight=worth[picked] / taken), replace(data, weight=worth / length[run]), quantiles
+        replace(thin, weight=worth[picked] / taken), replace(data, weight=alike).rows(many), quantiles
     )
     return _curve_knots(surface, data, "kv_len", quantiles, rising=False)
 
 
-def _thinned(key: Integers, run: Integers, most_steps: int) -> NDArray[np.bool_]:
+def _thinned(key: Integers, run: Integers, most_steps: int, phase: float = 0.0) -> NDArray[np.bool_]:
     """Steps to fit: runs in order of their hash, the same number spread evenly over each run, up to a number a key."""
     starts = np.flatnonzero(np.r_[True, np.diff(run) > 0])
     length = np.diff(np.r_[starts, len(run)])
@@ -123,8 +130,9 @@ def _thinned(key: Integers, run: Integers, most_steps: int) -> NDArray[np.bool_]
         total = np.bincount(run_key, np.minimum(length, limit))
         most = np.where(total[run_key] <= most_steps, limit, most)
     taken = np.minimum(length, most)[run]
-    # Step i is the one that opens the next of `taken` equal parts.
-    return np.asarray((step + 1) * taken // length[run] > step * taken // length[run])
+    # Step i is the one that opens the next of `taken` equal parts, which start elsewhere in each run.
+    start = phase * np.arange(len(starts))[run] % 1.0
+    return np.asarray(np.floor((step + 1) * taken / length[run] + start) > np.floor(step * taken / length[run] + start))
 
 
 def _intraclass_correlation(residual: Floats, run: Integers) -> float:

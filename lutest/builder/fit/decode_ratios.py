@@ -7,8 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize
 
-from lutest.builder.fit.observations import Floats, Integers
-from lutest.builder.fit.quantiles import local_quantiles, shrink, variance_between, weighted_quantiles
+from lutest.builder.fit.observations import FOLDS, Floats, Integers
+from lutest.builder.fit.quantiles import (
+    local_quantiles,
+    local_weights,
+    own_shifts,
+    shrink,
+    variance_between,
+    weighted_quantiles,
+)
 
 __all__ = ["RunsOfKey", "decode_ratios"]
 
@@ -43,16 +50,25 @@ def decode_ratios(keys: list[RunsOfKey], knots: Floats, levels: Floats) -> tuple
     ratio = np.concatenate([key.ratio for key in keys])
     fixed = np.concatenate([key.fixed for key in keys])
     place, at = np.log2(knots), np.log2(steps)
+    parts = np.split(at, np.cumsum(sizes)[:-1])
+    nearness = np.array([np.concatenate([local_weights(part, spot) for part in parts]) for spot in place])
+    fold = np.concatenate([np.arange(size) % FOLDS for size in sizes])
+    middle = np.array([0.5])
 
-    center = local_quantiles(at, ratio, place, np.array([0.5]))[:, 0]
+    center = local_quantiles(at, ratio, place, middle)[:, 0]
     offset = np.zeros(len(keys))
     residual = ratio - np.interp(at, place, center)
-    spread = _noise_spread(_noise_components(residual, steps, fixed, owner, len(keys))[owner], steps, fixed)
+    components = _noise_components(residual, steps, fixed, owner, len(keys))
+    spread = _noise_spread(components[owner], steps, fixed)
     if not keys[0].one_pass:
         offset = _offsets(residual, fixed, spread, owner, len(keys))
         corrected = ratio - offset[owner] * fixed
-        center = local_quantiles(at, corrected, place, np.array([0.5]))[:, 0]
+        center = local_quantiles(at, corrected, place, middle)[:, 0]
         residual = corrected - np.interp(at, place, center)
+    at_knots = np.array([key.fixed_one / knots for key in keys])
+    own = own_shifts((residual / spread)[:, None], owner, nearness, fold, len(keys), middle)[:, :, 0]
+    centers = center + offset[:, None] * at_knots + own * _noise_spread(components[:, None], knots, at_knots)
+    residual = residual - spread * np.concatenate([np.interp(p, place, o) for p, o in zip(parts, own, strict=True)])
     components = _noise_components(residual, steps, fixed, owner, len(keys))
     spread = _noise_spread(components[owner], steps, fixed)
     u = residual / spread
@@ -60,15 +76,14 @@ def decode_ratios(keys: list[RunsOfKey], knots: Floats, levels: Floats) -> tuple
     level, shrinkage = _fit_leverage(u, spread, steps, owner, len(keys))
     full = u / shrinkage
     shape = local_quantiles(at, full, place, levels)
-    shifts = np.empty((len(keys), len(levels)))
-    for number, q in enumerate(levels):
-        shifts[:, number] = _key_shifts(full - np.interp(at, place, shape[:, number]), owner, sizes, float(q))
-    ratios = np.empty((len(keys), len(knots), len(levels)))
-    for number, key in enumerate(keys):
-        at_knots = key.fixed_one / knots
-        ahead = np.sqrt(_noise_spread(components[[number]], knots, at_knots) ** 2 + level[number])
-        ratios[number] = (center + offset[number] * at_knots)[:, None] + ahead[:, None] * (shape + shifts[number])
-    ratios = np.maximum(np.sort(ratios, axis=2), LEAST_RATIO)
+    beyond = full[:, None] - np.stack([np.interp(at, place, column) for column in shape.T], axis=1)
+    shifts = np.stack(
+        [_key_shifts(column, owner, sizes, float(q)) for column, q in zip(beyond.T, levels, strict=True)], axis=1
+    )
+    shapes = shape + shifts[:, None]
+    shapes += own_shifts(beyond - shifts[owner], owner, nearness, fold, len(keys), levels)
+    ahead = np.sqrt(_noise_spread(components[:, None], knots, at_knots) ** 2 + level[:, None])
+    ratios = np.maximum(np.sort(centers[:, :, None] + ahead[:, :, None] * shapes, axis=2), LEAST_RATIO)
     return ratios, np.sqrt(1 + level[owner] / spread**2) / shrinkage
 
 
@@ -149,8 +164,8 @@ def _most_likely(absolute: Floats, design: Floats, start: Floats, precision: flo
 
 
 def _noise_spread(components: Floats, steps: Floats, fixed: Floats) -> Floats:
-    """Standard deviation of the ratio of a run, from its components (runs × 3, or 1 × 3 for all)."""
-    run, step, constant = components.T
+    """Standard deviation of the ratio of a run, from its components (runs × 3, or to be broadcast)."""
+    run, step, constant = np.moveaxis(components, -1, 0)
     return np.asarray(np.sqrt(run + step / steps + constant * fixed**2))
 
 

@@ -11,6 +11,7 @@ from lutest.builder.fit.observations import Floats, Integers
 
 __all__ = [
     "local_quantiles",
+    "local_weights",
     "own_shifts",
     "quantile_regression",
     "shrink",
@@ -19,10 +20,10 @@ __all__ = [
     "weighted_quantiles",
 ]
 
-
 _EXACT_ROWS = 200  # above, an LP costs more than it gains
 _NEIGHBOURS = 150  # runs that a local quantile rests on, where there are as many
 _TAIL_RUNS = 10  # runs that an exponential tail rests on
+_CLEAR = 2.0  # standard errors over groups by which what is their own must lower the loss
 
 
 def weighted_quantile(values: Floats, weights: Floats, q: float) -> float:
@@ -114,13 +115,18 @@ def local_quantiles(at: Floats, values: Floats, places: Floats, levels: Floats) 
     at, values = at[order], values[order]
     quantiles = np.empty((len(places), len(levels)))
     for number, place in enumerate(places):
-        distance = np.abs(at - place)
-        near = np.partition(distance, min(_NEIGHBOURS, len(at)) - 1)[min(_NEIGHBOURS, len(at)) - 1]
-        reach = max(1.0, 1.5 * float(near))
-        weight = np.clip(1 - (distance / reach) ** 3, 0, None) ** 3
+        weight = local_weights(at, place)
         used = weight > 0
         quantiles[number] = weighted_quantiles(values[used], weight[used], levels)
     return quantiles
+
+
+def local_weights(at: Floats, place: float) -> Floats:
+    """Tricube weights over the distance from a place, as far as its neighbours reach and an octave at least."""
+    distance = np.abs(at - place)
+    count = min(_NEIGHBOURS, len(at)) - 1
+    reach = max(1.0, 1.5 * float(np.partition(distance, count)[count]))
+    return np.asarray(np.clip(1 - (distance / reach) ** 3, 0, None) ** 3)
 
 
 def weighted_quantiles(values: Floats, weight: Floats, levels: Floats) -> Floats:
@@ -148,44 +154,75 @@ def _tail(values: Floats, weight: Floats, rank: Floats, effective: float, q: flo
 
 
 def own_shifts(
-    excess: Floats, group: Integers, weight: Floats, fold: Integers, n_groups: int, levels: Sequence[float]
+    excess: Floats, group: Integers, weights: Floats, fold: Integers, n_groups: int, levels: Sequence[float] | Floats
 ) -> Floats:
-    """Shift of each group's quantiles (groups × levels) against those that all groups share.
+    """Shifts of each group's quantiles against those that all groups share, where the groups differ.
 
-    `excess` (n × levels) is what observations lie beyond the shared quantiles.
+    Parameters
+    ----------
+    excess : ndarray, shape (n, levels)
+        What each observation lies beyond the shared quantiles.
+    group : ndarray of int, shape (n,)
+    weights : ndarray, shape (places, n)
+        Weight of an observation at each place.
+    fold : ndarray of int, shape (n,)
+        Part of the cross-validation.
+    n_groups : int
+    levels : sequence of float
+
+    Returns
+    -------
+    ndarray, shape (groups, places, levels)
+        Zero where they do not clearly lower the cross-validated pinball loss of all levels together.
+
+    Notes
+    -----
+    Noise may have several modes, and a mean of two quantiles may then lie where no run does. So it is the rank that is
+    shrunk: where a share c of a group lies under the shared quantile of level q, the group's own quantile of level
+    q + (c - q) · v / (b + v) is taken, v the sampling variance of c and b the variance of c between groups.
     """
-    shifts = np.zeros((n_groups, len(levels)))
+    shifts = np.zeros((n_groups, len(weights), len(levels)))
+    saved = np.zeros(n_groups)
     for column, q in enumerate(levels):
-        beyond, gain = excess[:, column], np.zeros(n_groups)
-        for held in (fold == number for number in np.unique(fold)):
-            if held.all():
-                continue
-            shift = _rank_shifts(beyond[~held], group[~held], weight[~held], n_groups, float(q))
-            rest = beyond[held] - shift[group[held]]
-            saved = np.maximum(q * beyond[held], (q - 1) * beyond[held]) - np.maximum(q * rest, (q - 1) * rest)
-            gain += np.bincount(group[held], weight[held] * saved, n_groups)
-        import os
-        if os.environ.get("DBG"):
-            print("gain", q, gain.sum(), np.sqrt(n_groups) * gain.std(), "rel", gain.sum() / (weight @ np.maximum(q * beyond, (q - 1) * beyond)))
-        if gain.sum() > np.sqrt(n_groups) * gain.std():
-            shifts[:, column] = _rank_shifts(beyond, group, weight, n_groups, float(q))
-    return shifts
+        order = np.lexsort([excess[:, column], group])
+        beyond, owner, part, mass = excess[order, column], group[order], fold[order], weights[:, order]
+        fall = np.zeros(n_groups)
+        for held in (part == number for number in np.unique(fold)):
+            for weight in mass:
+                shift = _shrunk_by_rank(beyond[~held], owner[~held], weight[~held], n_groups, q)
+                change = _pinball(beyond[held], q) - _pinball(beyond[held] - shift[owner[held]], q)
+                fall += np.bincount(owner[held], weight[held] * change, n_groups)
+        # Relative to its mean loss, so that a calm group says as much as a noisy one of as many observations.
+        total = mass.sum(axis=0)
+        mean = np.bincount(owner, total * _pinball(beyond, q), n_groups) / np.bincount(owner, total, n_groups)
+        saved += fall / np.maximum(mean, 1e-300)
+        for place, weight in enumerate(mass):
+            shifts[:, place, column] = _shrunk_by_rank(beyond, owner, weight, n_groups, q)
+    clear = saved.sum() > _CLEAR * np.sqrt(np.sum(saved**2))
+    return shifts if clear else np.zeros_like(shifts)
 
 
-def _rank_shifts(excess: Floats, group: Integers, weight: Floats, n_groups: int, q: float) -> Floats:
-    total = np.maximum(np.bincount(group, weight, n_groups), 1e-300)
-    seen = total > 1e-200
-    below = np.bincount(group, weight * (excess <= 0), n_groups) / total
-    chance = q * (1 - q) / total
-    between = variance_between(below[seen], chance[seen]) if seen.sum() > 1 else 0.0
+def _pinball(residual: Floats, q: float) -> Floats:
+    return np.maximum(q * residual, (q - 1) * residual)
+
+
+def _shrunk_by_rank(excess: Floats, group: Integers, weight: Floats, n_groups: int, q: float) -> Floats:
+    """Shift of each group, of observations sorted by group and excess."""
     shifts = np.zeros(n_groups)
+    total = np.bincount(group, weight, n_groups)
+    seen = np.flatnonzero(total > 1e-9)
+    if len(seen) < 2:
+        return shifts
+    below = np.bincount(group, weight * (excess <= 0), n_groups)[seen] / total[seen]
+    chance = q * (1 - q) / total[seen]
+    between = variance_between(below, chance)
     if between == 0.0:
         return shifts
-    order = np.lexsort([excess, group])
-    parts = np.split(order, np.cumsum(np.bincount(group, minlength=n_groups))[:-1])
-    sought = q + (below - q) * chance / (between + chance)
-    for k in np.flatnonzero(seen):
-        own, drawn = weighted_quantiles(excess[parts[k]], weight[parts[k]], np.array([q, sought[k]]))
+    bounds = np.searchsorted(group, np.arange(n_groups + 1))
+    for k, rank in zip(seen, q + (below - q) * chance / (between + chance), strict=True):
+        rows = np.arange(bounds[k], bounds[k + 1])
+        rows = rows[weight[rows] > 0]
+        own, drawn = weighted_quantiles(excess[rows], weight[rows], np.array([q, rank]))
         shifts[k] = np.clip(drawn, min(own, 0.0), max(own, 0.0))
     return shifts
 

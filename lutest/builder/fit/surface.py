@@ -156,10 +156,10 @@ def _with_own_quantiles(
     spread: KeyFunction, data: Observations, unseen: Floats, quantiles: Sequence[float]
 ) -> KeyFunction:
     shared = spread(data.key, data.place)
-    shifts = own_shifts(unseen[:, None] - shared, data.key, data.weight, data.fold, len(data.key_ids), quantiles)
+    shifts = own_shifts(unseen[:, None] - shared, data.key, data.weight[None], data.fold, len(data.key_ids), quantiles)
 
     def own(key: Integers, place: Floats) -> Floats:
-        return np.asarray(np.sort(spread(key, place) + shifts[key], axis=1))
+        return np.asarray(np.sort(spread(key, place) + shifts[key, 0], axis=1))
 
     return own
 
