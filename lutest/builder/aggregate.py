@@ -10,8 +10,6 @@ import duckdb
 from lutest.reader.figures import KeyColumn
 from lutest.reader.names import quantile_column, quote
 
-__all__ = ["SAMPLE_RUNS_PER_KEY", "SAMPLE_STEPS_PER_KEY", "write_aggregates"]
-
 SAMPLE_RUNS_PER_KEY = 1000
 SAMPLE_STEPS_PER_KEY = 20_000
 

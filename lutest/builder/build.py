@@ -23,11 +23,10 @@ from lutest.reader.figures import KeyColumn
 from lutest.reader.file import read_figures
 from lutest.reader.names import SCHEMA_VERSION, quote
 from lutest.runs.configuration import DEFAULT_CONFIG, BuildConfig, Config, resolve_config
-from lutest.runs.sources import Source, list_sources, listed, printable
+from lutest.runs.sources import Source, listed
+from lutest.runs.sources.discovery import list_sources, printable
 from lutest.runs.work import read_runs, work_database
 from lutest.tablefile.store import locked, temporary_path, write_table
-
-__all__ = ["BuildSummary", "SourceSummary", "build"]
 
 # what DuckDB raises when its work database cannot grow, or could not just before
 _NO_ROOM = (duckdb.IOException, duckdb.OutOfMemoryException, duckdb.TransactionException, duckdb.FatalException)

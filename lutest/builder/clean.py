@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import duckdb
 
-__all__ = ["write_accepted_runs"]
-
 LEAST_RUNS = 12  # with fewer runs, quartiles say too little to call a run an outlier
 MOST_BINS = 8  # medians that the line over prompt length goes through
 MOST_OUTLIERS = 0.05  # share of runs above which what lies beyond the fences is the tail that P95 is about

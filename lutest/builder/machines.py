@@ -9,9 +9,7 @@ import duckdb
 
 from lutest.reader.errors import BuildError
 from lutest.reader.figures import KeyColumn
-from lutest.runs.sources import printable
-
-__all__ = ["find_mixed", "refuse_mixed"]
+from lutest.runs.sources.discovery import printable
 
 _MOST_SHOWN = 2  # values of a column, and files of a value
 

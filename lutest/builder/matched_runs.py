@@ -18,8 +18,6 @@ from lutest.runs.configuration import Config, config_of_meta, resolve_config
 from lutest.runs.sources import Source, listed
 from lutest.runs.work import read_runs
 
-__all__ = ["match_runs"]
-
 Progress = Callable[[str, int, int], None]
 
 

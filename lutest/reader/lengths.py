@@ -17,7 +17,7 @@ from typing import NamedTuple
 from lutest.reader.errors import ArgumentError
 
 OUTERMOST_SCORE = 3.0  # 0.1 % on either side: what lies beyond is nothing that a table could know
-_PARTS = 20  # that all lengths are asked for in, before any is taken for straight
+_FEW, _PARTS = 128, 28  # so many lengths are all asked for; more, first at the ends of so many parts
 _FLAT = 1e-7  # of the whole range: what is in between two ends this near is their mean
 _STEEP = 0.1  # of the whole range: what changes by more is looked into, however straight it seems
 
@@ -137,7 +137,8 @@ def mean_over_lengths(lengths: Lengths, at_length: Callable[[int], float], toler
     last_value = at_length(tokens[last])
     extent = abs(last_value - first_value)
     total = first_value * shares[1] + last_value * (1.0 - shares[last])
-    at = sorted({round(part * last / _PARTS) for part in range(_PARTS + 1)})
+    n_parts = last if last <= _FEW else _PARTS
+    at = [round(part * last / n_parts) for part in range(n_parts + 1)]
     values = [first_value, *(at_length(tokens[place]) for place in at[1:-1]), last_value]
     total += sum(
         value * (shares[place + 1] - shares[place]) for place, value in zip(at[1:-1], values[1:-1], strict=True)

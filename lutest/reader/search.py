@@ -8,14 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lutest.reader.arguments import (
-    named_key,
-    not_measured,
-    positive_ms,
-    quantile_index,
-    real_number,
-    whole_number,
-)
+from lutest.reader.arguments import named_key, not_measured, positive_ms, quantile_index, real_number, whole_number
 from lutest.reader.errors import ArgumentError, NoDecodeDataError
 from lutest.reader.figures import Key, KeyColumn, Quality
 

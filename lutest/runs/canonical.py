@@ -9,9 +9,7 @@ import duckdb
 from lutest.reader.figures import KeyColumn
 from lutest.reader.names import literal, quote
 from lutest.runs.configuration import COUNTED, BuildConfig, ColumnRule
-from lutest.runs.sources import SourceFields, field_column
-
-__all__ = ["column_text", "raw_fields", "write_runs"]
+from lutest.runs.sources.run_rows import SourceFields, field_column
 
 MAX_MS = 1e9  # 11 days: beyond it a value is a broken clock
 MIN_MS = 1e-6  # a nanosecond: no clock tells less

@@ -18,21 +18,6 @@ from lutest.reader.errors import ConfigError
 from lutest.reader.names import KEY_COLUMNS
 from lutest.tablefile.schema import refuse_key_names
 
-__all__ = [
-    "COUNTED",
-    "DEFAULT_CONFIG",
-    "BuildConfig",
-    "Cleaning",
-    "ColumnRule",
-    "Config",
-    "KeyNames",
-    "config_of_meta",
-    "load_config",
-    "parse_config",
-    "resolve_config",
-    "with_options",
-]
-
 DEFAULT_CONFIG = Path("tables/build.yaml")
 TIME_UNITS_MS = {"s": 1e3, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 OUTLIER_METHODS = ("iqr", "none")

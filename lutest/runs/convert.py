@@ -15,11 +15,10 @@ from lutest.reader.errors import BuildError, ConfigError
 from lutest.reader.figures import KeyColumn
 from lutest.reader.names import literal, quote
 from lutest.runs.configuration import Config, resolve_config
-from lutest.runs.sources import Source, list_sources, listed
+from lutest.runs.sources import Source, listed
+from lutest.runs.sources.discovery import list_sources
 from lutest.runs.work import read_runs, work_database
 from lutest.tablefile.store import RUNS_MARK, locked, replacing
-
-__all__ = ["ConvertSummary", "convert"]
 
 Progress = Callable[[str, int, int], None]
 

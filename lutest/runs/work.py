@@ -15,9 +15,9 @@ from lutest.reader.errors import BuildError, ConfigError
 from lutest.reader.figures import KeyColumn
 from lutest.runs.canonical import column_text, raw_fields, write_runs
 from lutest.runs.configuration import BuildConfig
-from lutest.runs.sources import MEASURED, Source, printable, read_sources
-
-__all__ = ["read_runs", "work_database"]
+from lutest.runs.sources import Source, read_sources
+from lutest.runs.sources.discovery import printable
+from lutest.runs.sources.served import MEASURED
 
 Progress = Callable[[str, int, int], None]
 

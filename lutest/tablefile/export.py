@@ -21,8 +21,6 @@ from lutest.tablefile.store import replaceable, replacing
 if TYPE_CHECKING:
     import duckdb
 
-__all__ = ["ExportSummary", "export"]
-
 _ROWS_AT_ONCE = 10_000
 
 

@@ -14,8 +14,6 @@ from lutest.reader.lengths import levels_of
 from lutest.reader.names import literal, quantile_suffix, quote
 from lutest.reader.search import BUDGET_QUANTILE
 
-__all__ = ["write_macros"]
-
 ESTIMATE_QUANTILE = 0.5  # as in the verbs of an entry
 PREFILL_SHARE = 0.8  # as in LatencyTable.feasible
 

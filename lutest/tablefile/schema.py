@@ -15,8 +15,6 @@ from lutest.reader.names import KEY_COLUMNS, REBUILD, literal, quantile_suffix
 if TYPE_CHECKING:
     import duckdb
 
-__all__ = ["STORAGE_VERSION", "TABLES", "Column", "Table", "refuse_key_names", "stored_key_columns"]
-
 STORAGE_VERSION = "v1.2.0"
 
 

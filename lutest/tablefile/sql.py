@@ -16,8 +16,6 @@ from lutest.reader.names import refuse_unfinished
 if TYPE_CHECKING:
     import duckdb
 
-__all__ = ["connect", "database_errors", "run_query"]
-
 # No files but the table, no extensions but those built in, no spilling beside the table, no way to undo this.
 _LOCKED = {
     "enable_external_access": "false",

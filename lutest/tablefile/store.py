@@ -26,8 +26,6 @@ from lutest.tablefile.schema import STORAGE_VERSION, TABLES, Table, stored_key_c
 from lutest.tablefile.sql import connect
 from lutest.tablefile.verify import content_hash, parent_schema, row_counts
 
-__all__ = ["RUNS_MARK", "held_lock", "locked", "replaceable", "replacing", "synced", "temporary_path", "write_table"]
-
 RUNS_MARK = "KV_METADATA {lutest: 'runs'}"  # option of COPY, by which a Parquet file is known as one of convert's
 _BLOCK_SIZE = 16_384  # small tables: the default of 256 KiB a block would be mostly air
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # file systems without advisory locks

@@ -17,8 +17,6 @@ from lutest.tablefile.sql import connect
 if TYPE_CHECKING:
     import duckdb
 
-__all__ = ["Verification", "content_hash", "parent_schema", "row_counts", "verify"]
-
 # What differs between two builds of the same input: when, where and by which version it was built.
 _VOLATILE_META = ("build_config", "built_at", "content_hash", "duckdb_version", "fit_seconds", "lutest_version")
 _ROWS_AT_ONCE = 10_000

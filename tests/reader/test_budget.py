@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+import lutest
 from lutest import ArgumentError, Entry, LatencyTable, NoDecodeDataError
 from lutest.reader.figures import Figures
-from lutest.reader.lengths import OUTERMOST_SCORE, levels_of
+from lutest.reader.lengths import OUTERMOST_SCORE, levels_of, share_within
 from tests.synthetic import NO_DECODE, QUANTILES, make_figures
 
 Floats = NDArray[np.float64]
@@ -198,3 +200,18 @@ def test_what_is_not_held_is_said() -> None:
             entry.p_within(9.0, wrong)
         with pytest.raises(ArgumentError, match="prompt_tokens is"):
             entry.expected_total_ms(wrong)
+
+
+@pytest.mark.parametrize("name", ["direct", "subtraction", "serving"])
+def test_shipped_tables_keep_to_the_stated_tolerance(name: str, request: pytest.FixtureRequest) -> None:
+    table = lutest.load(request.getfixturevalue(f"{name}_table"))
+    counts: Counter[int] = Counter()
+    for pairs in table.output_lengths.values():
+        counts.update(dict(pairs))
+    levels = levels_of(table.quantiles)
+    for entry in (table[key] for key in table if table[key].decode_step_p50_ms is not None):
+        totals = {n: [entry.total_ms(None, n, q) for q in table.quantiles] for n in counts}
+        expected = sum(counts[n] * held[0] for n, held in totals.items()) / counts.total()
+        assert entry.expected_total_ms() == pytest.approx(expected, rel=1e-4)
+        within = sum(counts[n] * share_within(levels, held, expected) for n, held in totals.items()) / counts.total()
+        assert entry.p_within(expected) == pytest.approx(within, abs=1e-4)

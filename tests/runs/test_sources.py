@@ -20,8 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lutest.reader.errors import SourceError
-from lutest.runs.sources import Source, SourceFields, list_sources, read_sources
+from lutest.runs.sources import Source, read_sources
+from lutest.runs.sources.discovery import list_sources
 from lutest.runs.sources.json_stream import Configuration, JsonText, read_runs
+from lutest.runs.sources.run_rows import SourceFields
 
 FIELDS = SourceFields(("tier", "top_k", "T_total", "dataset"), ("decode_steps_ms", "T_decode_per_step"))
 BIG_INTEGER = "9" * 5000

@@ -21,7 +21,7 @@ import pytest
 import lutest
 from lutest.builder.build import build
 from lutest.reader.errors import BuildError, SourceError, TableError
-from lutest.runs.sources import list_sources
+from lutest.runs.sources.discovery import list_sources
 from lutest.tablefile.verify import verify
 from tests.children import Outcome, build_to_step, build_whole, count_steps, run_child, write_runs
 from tests.conftest import Tally

@@ -17,8 +17,6 @@ from lutest.builder.fit.totals import calibrate_totals
 from lutest.reader.figures import KeyColumn
 from lutest.reader.names import quantile_column
 
-__all__ = ["FitInput", "Fitted", "fit", "upper_rank"]
-
 _LEAST_STEP = 1e-9  # of the median prefill: steps are fitted on the log scale, and a coarse clock reads 0
 
 

@@ -14,8 +14,6 @@ from lutest.builder.fit.observations import Floats, Integers, KeyAxes, Observati
 from lutest.builder.fit.surface import Surface, fit_centre, fit_surface
 from lutest.reader.names import quantile_column
 
-__all__ = ["fit_prefill_curve", "fit_step_curve"]
-
 _FIT_RUNS_PER_KEY = 400
 _FIT_STEPS_PER_KEY = 500
 _SHIFT_STEPS_PER_KEY = 4000

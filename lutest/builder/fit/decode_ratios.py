@@ -17,8 +17,6 @@ from lutest.builder.fit.quantiles import (
     weighted_quantiles,
 )
 
-__all__ = ["RunsOfKey", "decode_ratios"]
-
 LEAST_RATIO = 1e-3
 PRIOR_KEYS = 2  # keys whose mean residual is taken to be 0 when the leverage is estimated: few keys say little
 STEP_POWERS = (0.0, 0.5, 1.0)

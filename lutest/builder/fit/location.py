@@ -12,8 +12,6 @@ from scipy import optimize
 from lutest.builder.fit.observations import FOLDS, Floats, Integers, Observations
 from lutest.builder.fit.quantiles import weighted_quantile
 
-__all__ = ["FitState", "KeyFunction", "Location", "Model", "chosen_model", "fit_location", "shared_shape"]
-
 KeyFunction = Callable[[Integers, Floats], Floats]
 
 _DEGREES_OF_FREEDOM = 4.0

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from lutest.reader.figures import KeyColumn
 
-__all__ = ["FOLDS", "Floats", "Integers", "KeyAxes", "Observations", "read_key_axes", "read_observations"]
-
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 

@@ -9,17 +9,6 @@ from scipy import optimize
 
 from lutest.builder.fit.observations import Floats, Integers
 
-__all__ = [
-    "local_quantiles",
-    "local_weights",
-    "own_shifts",
-    "quantile_regression",
-    "shrink",
-    "variance_between",
-    "weighted_quantile",
-    "weighted_quantiles",
-]
-
 _EXACT_ROWS = 200  # above, an LP costs more than it gains
 _NEIGHBOURS = 150  # runs that a local quantile rests on, where there are as many
 _TAIL_RUNS = 10  # runs that an exponential tail rests on

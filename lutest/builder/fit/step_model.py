@@ -10,8 +10,6 @@ from scipy import optimize, special
 
 from lutest.builder.fit.observations import Floats, Integers
 
-__all__ = ["FREEDOM", "LEAST_SHARE", "RunTotals", "StepFit", "fit_steps", "shared_columns"]
-
 Flags = npt.NDArray[np.bool_]
 
 FREEDOM = 4.0  # of Student's t: subtraction has heavy tails, and normal noise costs it little efficiency

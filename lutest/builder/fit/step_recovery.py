@@ -13,8 +13,6 @@ from lutest.builder.fit.observations import Floats, Integers, KeyAxes
 from lutest.builder.fit.step_model import FREEDOM, LEAST_SHARE, RunTotals, StepFit, fit_steps, shared_columns
 from lutest.reader.names import quantile_column
 
-__all__ = ["recover_step_curve"]
-
 Flags = npt.NDArray[np.bool_]
 
 FEW_RUNS, LARGEST_SPREAD = 10, 0.15  # with fewer informative runs in all, the spread of a step is hardly known

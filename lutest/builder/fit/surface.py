@@ -34,8 +34,6 @@ from lutest.builder.fit.location import KeyFunction, chosen_model, fit_location,
 from lutest.builder.fit.observations import FOLDS, Floats, Integers, Observations
 from lutest.builder.fit.quantiles import own_shifts, quantile_regression, weighted_quantile
 
-__all__ = ["Surface", "fit_centre", "fit_surface"]
-
 _LEAST_SCALE = 1e-5  # of log t: a hundred-thousandth of the latency
 _LEAST_SHARE = 0.25  # of the typical deviation of unseen runs: the least that a run's own deviation is taken for
 _WIDEST, _WIDEST_AT_LEAST = 3.0, 2.0  # times the largest deviation of an unseen run, and a factor of e²

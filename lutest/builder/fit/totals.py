@@ -14,8 +14,6 @@ from lutest.builder.fit.observations import Floats
 from lutest.builder.fit.quantiles import weighted_quantiles
 from lutest.reader.names import quantile_column, quantile_suffix
 
-__all__ = ["calibrate_totals"]
-
 MAX_KNOTS = 12
 TELLING_RUNS = 15  # runs beyond a level that tell as much about its correlation as the plain one does
 

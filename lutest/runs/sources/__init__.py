@@ -17,11 +17,8 @@ from lutest.runs.sources.aiperf import aiperf_summary
 from lutest.runs.sources.discovery import list_sources, printable, show_path, storable, unreadable
 from lutest.runs.sources.json_runs import read_json, read_json_lines
 from lutest.runs.sources.parquet import read_parquet
-from lutest.runs.sources.run_rows import RunWriter, SourceFields, create_raw_runs, field_column
-from lutest.runs.sources.served import MEASURED
+from lutest.runs.sources.run_rows import RunWriter, SourceFields, create_raw_runs
 from lutest.runs.sources.tabular import hash_frame, read_csv, read_frame
-
-__all__ = ["MEASURED", "Source", "SourceFields", "field_column", "list_sources", "listed", "printable", "read_sources"]
 
 Source: TypeAlias = str | os.PathLike[str] | pd.DataFrame
 Progress: TypeAlias = Callable[[str, int, int], None]

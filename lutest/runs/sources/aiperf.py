@@ -39,8 +39,6 @@ from lutest.runs.sources.served import (
     served_run,
 )
 
-__all__ = ["aiperf_row", "aiperf_summary", "is_aiperf_record", "read_aiperf_load", "read_genai_perf"]
-
 _MILLISECONDS = {"ns": 1e-6, "us": 1e-3, "ms": 1.0, "sec": 1e3, "s": 1e3}
 _NS = 1e-6
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from lutest.reader.errors import SourceError
 
-__all__ = ["ENDINGS", "list_sources", "printable", "show_path", "storable", "unreadable"]
-
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
 
 

@@ -30,8 +30,6 @@ from lutest.runs.sources.served import (
     served_run,
 )
 
-__all__ = ["read_guidellm"]
-
 # the names of the first and last token's timestamps: in info.timings from 0.4 on, in the request itself before
 _TIMESTAMPS = (
     ("first_token_iteration", "last_token_iteration"),

@@ -17,8 +17,6 @@ from lutest.runs.sources.run_rows import HELD_NULL, RunWriter, SourceFields, bri
 from lutest.runs.sources.served import Row
 from lutest.runs.sources.vllm import COLUMNS, SUMMARY, read_vllm, vllm_rows
 
-__all__ = ["read_json", "read_json_lines"]
-
 _AIPERF_SUMMARY = "aiperf_version"
 
 

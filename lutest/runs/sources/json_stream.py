@@ -11,8 +11,6 @@ from typing import BinaryIO
 
 from lutest.reader.errors import SourceError
 
-__all__ = ["CHUNK_BYTES", "RESULTS", "Configuration", "JsonText", "read_runs"]
-
 RESULTS = "per_sample_results"
 CHUNK_BYTES = 1 << 20
 WHOLE_ELEMENT_LIMIT = 16 << 20  # characters; a longer configuration within an array is read field by field

@@ -15,8 +15,6 @@ from lutest.runs.sources.json_stream import JsonText
 from lutest.runs.sources.run_rows import brief
 from lutest.runs.sources.served import Row, UnusableRequestError, last_line, number, served_run
 
-__all__ = ["LLMPERF_FIELDS", "read_llmperf"]
-
 LLMPERF_FIELDS = frozenset(
     ("ttft_s", "end_to_end_latency_s", "number_input_tokens", "number_output_tokens", "error_code")
 )

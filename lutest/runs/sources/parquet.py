@@ -15,8 +15,6 @@ from lutest.reader.names import literal, quote
 from lutest.runs.sources.discovery import printable
 from lutest.runs.sources.run_rows import RunWriter, SourceFields, field_column
 
-__all__ = ["read_parquet"]
-
 FETCH_ROWS = 2_000
 
 _PLAIN_PATH = re.compile(r"[\w/.+=@ -]+", re.ASCII)

@@ -18,8 +18,6 @@ import pandas as pd
 
 from lutest.reader.names import quote
 
-__all__ = ["HELD_NULL", "RunWriter", "SourceFields", "brief", "create_raw_runs", "field_column"]
-
 BATCH_ROWS = 5_000
 BATCH_STEPS = 1_000_000
 BATCH_CHARACTERS = 8 << 20

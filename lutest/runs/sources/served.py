@@ -23,19 +23,6 @@ from typing import TypeAlias, TypeGuard
 
 from lutest.runs.sources.run_rows import brief
 
-__all__ = [
-    "MEASURED",
-    "Row",
-    "UnusableRequestError",
-    "inner",
-    "labels",
-    "last_line",
-    "load_fields",
-    "number",
-    "numbers",
-    "served_run",
-]
-
 Row: TypeAlias = dict[str, object] | str  # a run, or why the request is none
 
 # The fields that come from measurements of the tool; a file's own metadata never stand for them.

@@ -15,8 +15,6 @@ import pandas as pd
 from lutest.reader.errors import SourceError
 from lutest.runs.sources.run_rows import RunWriter, SourceFields
 
-__all__ = ["hash_frame", "read_csv", "read_frame"]
-
 CSV_FIELD_CHARACTERS = 256 << 20
 FRAME_BATCH_ROWS = 5_000
 

@@ -35,8 +35,6 @@ from lutest.runs.sources.served import (
     served_run,
 )
 
-__all__ = ["COLUMNS", "MAX_BYTES", "SUMMARY", "read_vllm", "vllm_rows"]
-
 COLUMNS = frozenset(("ttfts", "itls", "input_lens", "output_lens"))
 SUMMARY = frozenset(("completed", "request_throughput", "total_output_tokens"))  # what it writes without details
 MAX_BYTES = 1 << 30  # columns cannot be read request by request: the file is held as a whole, at several times its size
