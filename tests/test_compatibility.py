@@ -62,7 +62,7 @@ def read(direct_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tu
     """(writer, reader) → what was read; an interpreter that stands for both writes once."""
     folder = tmp_path_factory.mktemp("compatibility")
     runs = folder / "runs.parquet"
-    low = f"SELECT * FROM read_parquet('{direct_runs}') WHERE tier = 'low'"
+    low = f"SELECT * FROM read_parquet('{direct_runs}') WHERE tier = 'low' AND num_blocks = 16"
     duckdb.execute(f"COPY ({low}) TO '{runs}' (FORMAT parquet)")
     tables: dict[str, Path] = {}
     contents = {}

@@ -108,7 +108,7 @@ def test_mutated_runs(
 ) -> None:
     counts = tally.setdefault(f"mutated runs ({kind})", Counter())
     path = tmp_path / f"runs.{kind}"
-    for seed in range(250 if long else 8):
+    for seed in range(250 if long else 4):
         random = Random(seed)
         if kind == "jsonl":
             lines = [mutation.json_line(random) for _ in range(RUNS_PER_FILE)]
@@ -136,7 +136,7 @@ def test_damaged_files(
 ) -> None:
     counts = tally.setdefault(f"damaged files ({kind})", Counter())
     path = tmp_path / f"runs.{kind}"
-    for seed in range(1000 if long else 50):
+    for seed in range(1000 if long else 25):
         random = Random(seed)
         mutation.WRITERS[kind](random, path, random.choice((1, 3, 20)))
         path.write_bytes(mutation.damaged(random, path.read_bytes()) or b" ")
@@ -161,7 +161,7 @@ def test_mutated_configurations(
     counts = tally.setdefault("mutated configurations", Counter())
     path = tmp_path / "build.yaml"
     mutation.WRITERS["jsonl"](Random(0), tmp_path / "runs.jsonl", 20)
-    tried = 20_000 if long else 500
+    tried = 20_000 if long else 300
     for seed in range(tried):
         path.write_bytes(mutation.yaml_text(Random(seed)))
         counts["tried"] += 1
@@ -338,7 +338,7 @@ def _check_answers(path: Path) -> None:
 @pytest.mark.parametrize("part", range(4))  # parts that the processes share out
 def test_small_nasty_builds(part: int, tmp_path: Path, tally: Tally, long: bool) -> None:
     counts = tally.setdefault("whole builds of extreme runs", Counter())
-    for seed in range(part, 600 if long else 20, 4):
+    for seed in range(part, 600 if long else 12, 4):
         frame = _nasty_frame(seed)
         counts["tried"] += 1
         try:
@@ -366,13 +366,13 @@ def test_types_mixed_between_files_and_rows(tmp_path: Path) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
     for kind in ("json", "jsonl", "csv", "parquet"):
-        for number in range(3):
+        for number in range(2):
             mutation.WRITERS[kind](random, folder / f"{number}.{kind}", 20)
     summary = build(runs=folder, output=tmp_path / "t.duckdb")
     assert sum(source.rows_read for source in summary.sources) == sum(
         source.rows_used + source.rows_rejected for source in summary.sources
     )
-    assert len(summary.sources) == 12
+    assert len(summary.sources) == 8
     assert summary.rejected.keys() >= {"missing_value", "not_a_number", "not_finite", "negative_value"}
     _check_answers(summary.output)
 
@@ -380,7 +380,7 @@ def test_types_mixed_between_files_and_rows(tmp_path: Path) -> None:
 def test_a_hostile_tier_is_a_name_like_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random = Random(5)
     tiers = (mutation.HOSTILE_TIER, 'a"b', "new\nline", "\x1b[31mred", "-x", "%s {0} $1", "\u6c49")
-    frame = pd.DataFrame([{**mutation.good_run(random), "tier": tier} for tier in tiers for _ in range(6)])
+    frame = pd.DataFrame([{**mutation.good_run(random), "tier": tier} for tier in tiers for _ in range(3)])
     path = build(runs=frame, output=tmp_path / "t.duckdb").output
     table = lutest.load(path)
     assert {key[0] for key in table.keys} == set(tiers)
@@ -414,7 +414,7 @@ CELLS = st.one_of(
 )
 
 
-@settings(SETTINGS, max_examples=15)
+@settings(SETTINGS, max_examples=8)
 @given(st.lists(st.dictionaries(st.sampled_from(mutation.FIELDS), CELLS), min_size=1, max_size=20), st.booleans())
 def test_any_values(
     tmp_path: Path, connection: duckdb.DuckDBPyConnection, runs: list[dict[str, object]], lines: bool
@@ -424,7 +424,7 @@ def test_any_values(
     assert _stages(connection, path)[0] == len(runs)
 
 
-@settings(SETTINGS, max_examples=150)
+@settings(SETTINGS, max_examples=80)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode), st.sampled_from(["json", "jsonl", "csv"]))
 def test_any_bytes(tmp_path: Path, connection: duckdb.DuckDBPyConnection, content: bytes, kind: str) -> None:
     path = tmp_path / f"any.{kind}"

@@ -52,8 +52,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, direct_runs: Path, direct_
     shutil.copy(PROJECT / "tests" / "data" / "vllm-bench-serve.json", folder / "sweep" / "vllm.json")
     serving = folder / "tables" / "runs" / "llama-13b-serving.parquet"
     few = """
-        SELECT * FROM direct WHERE tier = 'low' AND top_k IN (4, 8) AND num_blocks IN (12, 16)
-        QUALIFY row_number() OVER (PARTITION BY top_k, num_blocks ORDER BY sample_id::INTEGER)
+        SELECT * FROM direct WHERE tier = 'low' AND top_k IN (4, 8) AND num_blocks = 16
+        QUALIFY row_number() OVER (PARTITION BY top_k ORDER BY sample_id::INTEGER)
     """
     served = """
         SELECT {columns} FROM serving WHERE {which}
@@ -73,9 +73,9 @@ def project(tmp_path_factory: pytest.TempPathFactory, direct_runs: Path, direct_
         """,
         "elsewhere/served.csv": served.format(
             columns="* EXCLUDE (decode_steps_ms), prefill_ms + list_sum(decode_steps_ms) AS total_ms",
-            which="gpu = 'A100' AND n_gpus IN (1, 2) AND users IN (8, 16) AND output_tokens > 1",
+            which="gpu = 'A100' AND n_gpus = 2 AND users IN (8, 16) AND output_tokens > 1",
         ),
-        "served.parquet": served.format(columns="*", which="gpu = 'H100' AND users IN (1, 32, 64, 128)"),
+        "served.parquet": served.format(columns="*", which="gpu = 'H100' AND n_gpus = 2 AND users IN (1, 32, 128)"),
     }
     with duckdb.connect() as connection:
         connection.execute(f"CREATE VIEW direct AS SELECT * FROM read_parquet('{direct_runs}')")

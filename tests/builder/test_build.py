@@ -85,7 +85,7 @@ def _query_runs(path: Path) -> pd.DataFrame:
 
 def test_upper_bound_of_p95_is_an_order_statistic(tmp_path: Path) -> None:
     values = np.exp(np.random.default_rng(1).normal(5, 0.2, 100))
-    frame = noisy_runs(keys=[("low", 4, 12)], runs_per_key=100).assign(prefill_ms=values)
+    frame = pd.DataFrame([_one(prefill_ms=value, prompt_tokens=100 + i) for i, value in enumerate(values)])
     table = build({"cleaning": {"outliers": "none"}}, runs=frame, output=tmp_path / "t.duckdb").output
     # P(Binomial(100, 0.95) < 99) = 0.9629 is the first at or above 0.95.
     assert _query(table, "SELECT p95_upper_ms FROM prefill").iat[0, 0] == np.sort(values)[98]
@@ -109,10 +109,10 @@ def test_constant_steps_from_totals_are_flat(tmp_path: Path, key: tuple[str, ...
 @pytest.mark.parametrize("key", BOTH_KEYS)
 def test_hash_does_not_depend_on_order_files_or_threads(tmp_path: Path, key: tuple[str, ...]) -> None:
     config = {"key": list(key)}
-    frame = keyed(noisy_runs(), key)
+    frame = keyed(noisy_runs(runs_per_key=12), key)
     frame["decode_steps_ms"] = [str(steps) for steps in frame["decode_steps_ms"]]
     shuffled = frame.sample(frac=1.0, random_state=3)
-    parts = {"a": frame.iloc[:50], "b": frame.iloc[50:]}
+    parts = {"a": frame.iloc[:15], "b": frame.iloc[15:]}
     for name, part in parts.items():
         part.to_csv(tmp_path / f"{name}.csv", index=False)
 
@@ -332,7 +332,7 @@ class TestColumnsAndUnits:
     """What build.yaml says of the sources' fields."""
 
     def test_seconds(self, tmp_path: Path) -> None:
-        frame = noisy_runs(keys=[("low", 4, 12)])
+        frame = noisy_runs(keys=[("low", 4, 12)], runs_per_key=10)
         seconds = frame.assign(
             prefill_ms=frame["prefill_ms"] / 1e3,
             decode_ms=frame["decode_ms"] / 1e3,
@@ -359,7 +359,7 @@ class TestColumnsAndUnits:
         assert row == [["it's", 2, 3, 11.5, 22.5]]
 
     def test_more_quantiles(self, tmp_path: Path) -> None:
-        frame = noisy_runs()
+        frame = noisy_runs(runs_per_key=10)
         levels = [0.1, 0.5, 0.95, 0.999]
         table = lutest.load(build({"quantiles": levels}, runs=frame, output=tmp_path / "t.duckdb").output)
         assert table.quantiles == tuple(levels)

@@ -159,7 +159,7 @@ def test_extrapolation_follows_other_keys() -> None:
     assert np.abs(last["p50_ms"] / exact - 1).max() < 0.08
 
 
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=2)
 @given(st.floats(1e-3, 1e4), st.integers(0, 5))
 def test_scaling_the_times_scales_the_curves(factor: float, seed: int) -> None:
     runs = sample(6, seed=seed)

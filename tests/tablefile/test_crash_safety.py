@@ -110,7 +110,7 @@ def test_kill_at_random_moments(stand: Stand, long: bool, tally: Tally) -> None:
         duration_s = time.perf_counter() - started  # only spreads the kills: whatever it is, the same must hold
         stand.standing = 1 - stand.standing
     counts = tally["kill -9 of a build at a random moment"] = Counter(tries=0, survived=0, lost=0)
-    for _ in range(300 if long else 25):
+    for _ in range(300 if long else 10):
         before = stand.path.read_bytes()
         moment_s = duration_s * generator.choice([generator.uniform(0, 1), generator.uniform(0.8, 1.2)])
         outcome = run_child(build_whole, stand.next_runs, str(stand.path), kill_after_s=moment_s)
@@ -129,9 +129,10 @@ def test_kill_before_each_step(stand: Stand, long: bool, tally: Tally) -> None:
     statements = [place for place, name in enumerate(names) if name in ("SELECT", "CREATE", "COMMENT", "INSERT", "USE")]
     chosen = list(range(len(names)))
     if not long:
-        skipped = set(statements) - set(random.Random(6).sample(statements, 3))
         written = range(names.index("ATTACH"), len(names))
-        chosen = [place for place in written if place not in skipped]
+        kinds = {names[place]: place for place in reversed(written) if place not in statements}  # the first of each
+        after = names.index("replace") + 1
+        chosen = sorted({*kinds.values(), after, *random.Random(6).sample(statements, 2)})
     counts = tally["kill -9 of a build before one of its steps"] = Counter(tries=0, survived=0, lost=0)
     for place in chosen:
         stand.restore(before)  # what a build clears would add to its steps
@@ -168,7 +169,7 @@ def test_no_room_for_the_file(stand: Stand, long: bool, tally: Tally) -> None:
     counts = tally["a build that runs out of room"] = Counter(tries=0, survived=0, lost=0)
     size = stand.path.stat().st_size
     most = 8 * size  # the work database takes more than the table
-    limits = [0, 5_000, size - 100, size + 100, *random.Random(7).sample(range(most), 100 if long else 5)]
+    limits = [0, 5_000, size - 100, size + 100, *random.Random(7).sample(range(most), 100 if long else 2)]
     for limit_bytes in limits:
         before = stand.path.read_bytes()
         counts.update(tries=1, lost=1)

@@ -25,7 +25,7 @@ from tests.runs_frame import noisy_runs
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs, and one of each thing that is written."""
     folder = tmp_path_factory.mktemp("ours")
-    write_runs(folder / "runs.jsonl", noisy_runs(runs_per_key=8))
+    write_runs(folder / "runs.jsonl", noisy_runs(runs_per_key=8).drop(columns="decode_steps_ms"))
     build({}, runs=folder / "runs.jsonl", output=folder / "table.duckdb")
     convert(folder / "runs.jsonl", folder / "runs.parquet")
     export(folder / "table.duckdb", folder / "table.json")
