@@ -1,4 +1,97 @@
-"""Curves and calibrated totals from the aggregates and the samples: the parts of the fit, composed."""
+"""The fit: curves of prefill and decode step, and calibrated totals, from a bounded sample of each key's runs.
+
+Estimand
+--------
+Of the runs that a key will have, for each level q: the q-quantile of prefill given the prompt length p; of a decode
+step given the KV length; of decode and total given p and the number of steps m. Coverage is meant per key and length:
+a share q of the runs that the builder never saw stays under.
+
+Model of a latency over length (`surface`, `location`; prefill and timed steps)
+-------------------------------------------------------------------------------
+Of the logarithm, so that units do not matter::
+
+    log t = f(length, key) + u_key(length) + s_key · e
+
+*Location.* f is a shape that all keys share: a level alone, linear, additive (levels of categories beside numbers),
+quadratic, crossed (each level its own slopes), splines, or the logarithm of a transformer's work. Numbers of a key
+are on a logarithmic axis where all are positive; the last number is what repeats the work. u is a random effect of
+the key, up to six columns; with a shared level alone it is a level (and slope, and bend) per key, which is the
+saturated model. Random effects are estimated by expectation–maximisation [1]_ [2]_ with Student-t errors [3]_; their
+posterior variance is kept. The structure is chosen by the out-of-fold loss, five folds over runs.
+
+*Scale and shape.* Residuals are out of fold. Each key has a scale, shrunk to that of all; quantiles of the scaled
+residuals are a quantile regression [4]_ on length and numbers, shifted to the rank of conformal prediction [5]_. The
+posterior variance of u widens them. Below 1 / (1 - q) runs in all, normal theory prolongs them.
+
+*A key's own quantiles* (`quantiles.own_shifts`). Noise under load has modes, and each key its own. Where the
+out-of-fold pinball loss, summed over keys, falls by more than two standard errors, each key's quantiles go from the
+shared ones towards its own residuals'. Shrunk is the rank: a mean of two quantiles may lie between two modes, where
+no run does. The steps of a run resemble each other; their effective sample size is Kish's [6]_.
+
+*Knots* (`curves`). Piecewise-linear, exact at the knots; prefill rises (isotonic regression). Beyond its lengths a
+key goes on with the growth of the others there, and beyond those of all with its last slope.
+
+Steps from run totals (`step_recovery`, `step_model`; keys without timed steps)
+-------------------------------------------------------------------------------
+For n tokens after a prompt of p::
+
+    decode_ms = offset + Σ τ(p + i) + noise,    i = 1 … n - 1
+
+τ is a line over KV length that all keys share, its level linear in the numbers of a key and their products with the
+last, its slope in the last; each key deviates in level, tilt and bend (mixed-model equations [7]_, variances by
+expectation–maximisation, the common slope's by evidence [8]_, so that one that cannot be told from zero becomes
+zero). The offset, a share of prefill and a random effect per key, is what subtraction between passes adds; decode of
+one and the same pass has none. It is told from τ by one-token runs and by the intercept over n. Noise is Student's t,
+its variance a sum of the subtraction's (∝ prefill²), the steps' (∝ n - 1) and the run's (∝ (n - 1)²), times a factor
+of the key. A zero is censored [9]_, "anything below", unless a total of the same subtraction tells the value. A total
+says nothing of its steps' skewness: the P50 step is the run's median per step, and the spread of a step that of run
+and steps together.
+
+Totals (`totals`, `decode_ratios`)
+----------------------------------
+D is the sum of the P50 curve over a run's steps. Quantiles of decode are D times those of the ratio::
+
+    decode_ms / D = c_key(m) + s_key(m) · e,    s² = v_run + v_step / m + v_fixed · w²
+
+Noise of steps averages out within a run, that of slow runs does not; w is what noise of a fixed size comes to: 1 / m,
+and for subtraction a prefill's. The variance components [10]_ maximise a Laplace likelihood, of all keys and shrunk
+to it of each key. c is a local median over log m; subtraction adds an offset per key, in units of w. The quantiles of
+e are local too, as their shape drifts from a step's to a run's; keys deviate as above (location, then quantiles), as
+far as their coverages differ by more than chance [11]_. Tails beyond the sample are exponential [12]_. D was fitted
+to the same runs: residuals are too small by sqrt(1 - h), new runs off by sqrt(1 + h), h = H / runs of the key, and H
+in [0, 1] is read off the spread of the keys' mean residuals.
+
+A total is P50 + sqrt(a² + d² + 2·c·a·d), a and d what the quantiles of prefill and decode lie above their medians
+(mirrored below). The correlation c of a level is the least with which a share q of all runs stays under, drawn to the
+plain correlation, which is right at every level for elliptical distributions. Levels above 0.5 are raised by the
+share of the runs that were left out as outliers, as there will be more.
+
+What it assumes, and when it fails
+----------------------------------
+Runs are independent given key and lengths, and those to come are like those seen: a machine that has changed is for
+`check`. Lengths far beyond the measured ones are lines. Keys of few runs lean on the others: one unlike them needs
+tens of runs to say so, and its P95 some hundred. A key's own quantiles are shifts of the shared ones, the same at
+every length (for totals: local in m). D carries no error of its own: with a few runs of small noise whose curve bends
+towards single runs, totals come out too narrow. A clock's ticks are smoothed over: a median between two ticks is no
+tick.
+
+References
+----------
+.. [1] N. M. Laird and J. H. Ware (1982), Random-effects models for longitudinal data, Biometrics 38.
+.. [2] G. K. Robinson (1991), That BLUP is a good thing, Statistical Science 6.
+.. [3] K. L. Lange, R. J. A. Little and J. M. G. Taylor (1989), Robust statistical modeling using the t distribution,
+   JASA 84.
+.. [4] R. Koenker and G. Bassett (1978), Regression quantiles, Econometrica 46.
+.. [5] Y. Romano, E. Patterson and E. J. Candès (2019), Conformalized quantile regression, NeurIPS 32.
+.. [6] L. Kish (1965), Survey Sampling, section 8.2.
+.. [7] C. R. Henderson (1975), Best linear unbiased estimation and prediction under a selection model, Biometrics 31.
+.. [8] D. J. C. MacKay (1992), Bayesian interpolation, Neural Computation 4.
+.. [9] J. Tobin (1958), Estimation of relationships for limited dependent variables, Econometrica 26.
+.. [10] S. R. Searle, G. Casella and C. E. McCulloch (1992), Variance Components.
+.. [11] R. DerSimonian and N. Laird (1986), Meta-analysis in clinical trials, Controlled Clinical Trials 7.
+.. [12] L. Breiman, C. Stone and C. Kooperberg (1990), Robust confidence bounds for extreme upper quantiles, J.
+   Statist. Comput. Simul. 37.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +128,7 @@ class FitInput:
     prefill, decode : DataFrame
         Rows of the tables of the same names; quantiles of `decode` are null for keys without timed steps.
     run_sample, step_sample : DataFrame
-        Runs, and timed steps of whole runs.
+        Runs, and timed steps of whole runs. ``one_pass``: decode is total less prefill of one and the same pass.
     outlier_share : float
         Share of the sound runs that were left out as outliers.
     """

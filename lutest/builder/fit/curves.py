@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import optimize
 
 from lutest.builder.fit.observations import Floats, Integers, KeyAxes, Observations, read_observations
-from lutest.builder.fit.surface import Surface, fit_centre, fit_surface
+from lutest.builder.fit.surface import Surface, fit_location_alone, fit_surface
 from lutest.reader.names import quantile_column
 
 _FIT_RUNS_PER_KEY = 400
@@ -44,10 +44,6 @@ def fit_prefill_curve(run_sample: pd.DataFrame, axes: KeyAxes, quantiles: Sequen
         the least and one beyond the largest prompt length, that carry the curve on). Curves do not fall, and at every
         prompt length the quantiles are in order.
 
-    Notes
-    -----
-    See `lutest.builder.fit.surface` for the estimator and its sources. Curves are made non-decreasing by isotonic
-    regression. Beyond all prompt lengths of a key they follow what all keys share, and beyond those of all keys a line.
     """
     runs = run_sample.sort_values(["key_id", "run_hash", "prompt_tokens", "prefill_ms"], ignore_index=True)
     data = read_observations(runs, axes, "prompt_tokens", "prefill_ms")
@@ -81,7 +77,7 @@ def fit_step_curve(
 
     Notes
     -----
-    See `lutest.builder.fit.surface` for the estimator. Steps of a run resemble each other: with an intraclass
+    Steps of a run resemble each other: with an intraclass
     correlation r, estimated from the residuals of a first fit by the analysis of variance, the m steps of a run are
     worth m / (1 + r (m - 1)) steps (Kish's design effect), which they share equally.
 
@@ -103,16 +99,16 @@ def fit_step_curve(
     length = np.bincount(run)
     _, thin_run = np.unique(run[picked], return_inverse=True)
     taken = np.bincount(thin_run)[thin_run]
-    centre = fit_centre(replace(thin, weight=1.0 / taken))
-    correlation = _intraclass_correlation(thin.log_ms - centre(thin.key, thin.place), thin_run)
-    worth = (length / (1 + correlation * (length - 1)))[run]
+    typical = fit_location_alone(replace(thin, weight=1.0 / taken))
+    correlation = _intraclass_correlation(thin.log_ms - typical(thin.key, thin.place), thin_run)
+    effective = (length / (1 + correlation * (length - 1)))[run]
     many = _thinned(data.key, run, _SHIFT_STEPS_PER_KEY, _GOLDEN)
     kept = np.bincount(run[many], minlength=len(length))[run]
     # Each step alike where there are many: a step of a long run is no less one that will come again.
-    by_key = np.bincount(data.key, worth / length[run]) / np.bincount(data.key)
+    by_key = np.bincount(data.key, effective / length[run]) / np.bincount(data.key)
     alike = by_key[data.key] * length[run] / kept
     surface = fit_surface(
-        replace(thin, weight=worth[picked] / taken), replace(data, weight=alike).rows(many), quantiles
+        replace(thin, weight=effective[picked] / taken), replace(data, weight=alike).rows(many), quantiles
     )
     return _curve_knots(surface, data, "kv_len", quantiles, rising=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from itertools import combinations, combinations_with_replacement
 
 import numpy as np
 from scipy import optimize
@@ -36,10 +36,10 @@ class FitState:
 
 @dataclass(frozen=True)
 class Location:
-    """Centre of log t; the variance that not knowing a key's own deviation leaves, beside that of a run; the state."""
+    """Location of log t; posterior variance of a key's random effect, beside the variance of a run; the state."""
 
-    centre: KeyFunction
-    doubt: KeyFunction
+    at: KeyFunction
+    posterior_variance: KeyFunction
     state: FitState
 
 
@@ -52,7 +52,7 @@ _MODELS = (
     Model("cost", 1),
     Model("cost", 3),
     Model("quadratic", 2),
-    Model("tiered", 3),
+    Model("crossed", 3),
     Model("spline", 3),
     Model("spline", 6),
 )
@@ -74,7 +74,7 @@ def chosen_model(data: Observations) -> tuple[Model, FitState | None]:
         for fold in range(FOLDS):
             held = sample.fold == fold
             if held.any():
-                partial = fit_location(sample.rows(~held), model, state, iterations=4).centre
+                partial = fit_location(sample.rows(~held), model, state, iterations=4).at
                 residual = sample.log_ms[held] - partial(sample.key[held], sample.place[held])
                 loss += float(sample.weight[held] @ np.abs(residual))
         if loss < best[0] * (1 - 1e-9):
@@ -89,7 +89,7 @@ def _rank(group: Integers) -> Integers:
 
 
 def fit_location(data: Observations, model: Model, start: FitState | None, iterations: int = 20) -> Location:
-    """Centre of log t by the EM algorithm for a mixed model with t-distributed errors."""
+    """Location of log t by the EM algorithm for a mixed model with t-distributed errors."""
     shared, own = shared_shape(data, model.shared), own_shape(data, model.own)
     x, z = shared(data.key, data.place), own(data.key, data.place)
     n_keys, n_shared, n_own = len(data.key_ids), x.shape[1], z.shape[1]
@@ -112,7 +112,7 @@ def fit_location(data: Observations, model: Model, start: FitState | None, itera
     factor = np.ones_like(mass)
     common = np.zeros(n_shared)
     deviation = np.zeros((n_keys, n_own))
-    worth = data.weight.sum()
+    total_weight = data.weight.sum()
     for _ in range(iterations):
         product = np.matmul(padded.transpose(0, 2, 1), padded * (factor * mass / variance)[:, :, None])
         xx, xz, xy = product[:, :n_shared, :n_shared], product[:, :n_shared, n_shared:-1], product[:, :n_shared, -1]
@@ -131,20 +131,20 @@ def fit_location(data: Observations, model: Model, start: FitState | None, itera
         second = deviation**2 + np.einsum("gdd->gd", posterior)
         own_variance = second.sum(axis=0) / (n_keys + 1)
         factor = (_DEGREES_OF_FREEDOM + 1) / (_DEGREES_OF_FREEDOM + residual**2 / variance)
-        variance = max(float((mass * factor * residual**2).sum() / worth), _LEAST_SCALE**2)
+        variance = max(float((mass * factor * residual**2).sum() / total_weight), _LEAST_SCALE**2)
     common = common / np.where(length > 0, length, 1)
 
     def location(key: Integers, place: Floats) -> Floats:
-        centre = shift + shared(key, place) @ common
-        return np.asarray(centre + np.einsum("nd,nd->n", own(key, place), deviation[key]))
+        common_part = shift + shared(key, place) @ common
+        return np.asarray(common_part + np.einsum("nd,nd->n", own(key, place), deviation[key]))
 
-    def doubt(key: Integers, place: Floats) -> Floats:
+    def posterior_variance(key: Integers, place: Floats) -> Floats:
         z = own(key, place)
-        doubtful = np.einsum("nd,nde,ne->n", z, posterior[key], z)
+        variances = np.einsum("nd,nde,ne->n", z, posterior[key], z)
         # A t-distributed error has more variance than its squared scale.
-        return np.asarray(doubtful * (_DEGREES_OF_FREEDOM - 2) / _DEGREES_OF_FREEDOM)
+        return np.asarray(variances * (_DEGREES_OF_FREEDOM - 2) / _DEGREES_OF_FREEDOM)
 
-    return Location(location, doubt, FitState(variance, own_variance))
+    return Location(location, posterior_variance, FitState(variance, own_variance))
 
 
 def _hinges(values: Floats, count: int) -> Floats:
@@ -158,6 +158,7 @@ def shared_shape(data: Observations, name: str) -> KeyFunction:
     numbers = data.axes.scaled()
     numbers = numbers - numbers.mean(axis=1, keepdims=True)
     levels = data.axes.indicators(1)
+    crossed = [pair for pair in (one * other for one, other in combinations(levels, 2)) if pair.any()]
     hinges = (_hinges(log_place, 6) - centre) / width
     cost = _cost_model(data) if name == "cost" else None
 
@@ -167,13 +168,14 @@ def shared_shape(data: Observations, name: str) -> KeyFunction:
         parts: list[Floats] = [np.ones_like(a)]
         if name != "level":
             parts += [a if cost is None else cost(key, place), *sizes]
-        if name in ("additive", "tiered", "spline"):
+        if name in ("additive", "crossed", "spline"):
             parts += list(levels[:, key])
-        if name in ("quadratic", "tiered", "spline"):
+        if name in ("quadratic", "crossed", "spline"):
             parts += [a * a, *(a * size for size in sizes)]
             parts += [one * other for one, other in combinations_with_replacement(sizes, 2)]
-        if name == "tiered":
+        if name == "crossed":
             parts += [part for level in levels[:, key] for part in (level * a, *(level * size for size in sizes))]
+            parts += [pair[key] for pair in crossed]
         if name == "spline":
             parts += [np.maximum(a - hinge, 0) for hinge in hinges] + [a * a * size for size in sizes]
         return np.stack(parts, axis=1)

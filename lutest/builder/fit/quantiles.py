@@ -183,7 +183,9 @@ def own_shifts(
                 fall += np.bincount(owner[held], weight[held] * change, n_groups)
         # Relative to its mean loss, so that a calm group says as much as a noisy one of as many observations.
         total = mass.sum(axis=0)
-        mean = np.bincount(owner, total * _pinball(beyond, q), n_groups) / np.bincount(owner, total, n_groups)
+        mean = np.bincount(owner, total * _pinball(beyond, q), n_groups) / np.maximum(
+            np.bincount(owner, total, n_groups), 1e-300
+        )
         saved += fall / np.maximum(mean, 1e-300)
         for place, weight in enumerate(mass):
             shifts[:, place, column] = _shrunk_by_rank(beyond, owner, weight, n_groups, q)

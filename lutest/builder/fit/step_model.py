@@ -69,7 +69,7 @@ class StepFit:
 
 
 def fit_steps(runs: RunTotals) -> StepFit:
-    """Fit the model by expectation–maximisation; see `lutest.fit.step_recovery.recover_step_curve`."""
+    """Fit the model by expectation–maximisation; see `lutest.builder.fit`."""
     slices, code, steps = runs.slices, runs.code, runs.steps
     pooled_columns = shared_columns(runs, code, runs.mean_kv) * steps[:, None]
     pooled_columns[:, -1] = runs.subtracted

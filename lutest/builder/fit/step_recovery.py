@@ -38,31 +38,6 @@ def recover_step_curve(run_sample: pd.DataFrame, axes: KeyAxes, quantiles: Seque
         two tokens or more, from the least to the largest KV length that its runs covered. ``source`` is
         ``interpolated``, or ``extrapolated`` for a key whose own runs say next to nothing, so that its curve is that
         of the other keys.
-
-    Notes
-    -----
-    A run of ``n`` tokens after a prompt of ``p`` is modelled as ``decode_ms = offset + Σ τ(p + i) + noise``, i from 1
-    to n − 1. τ is a straight line over KV length that all keys share, its level linear in blocks, experts and their
-    product and its slope in blocks, plus each key's own deviation in level, tilt and bend. The offset is a share of
-    prefill with a deviation per key. It is told from τ by the one-token runs and by the intercept over n. Deviations
-    are shrunken as far as the data say that keys are alike (mixed-model equations, Henderson 1975; variances by
-    expectation–maximisation, Dempster, Laird and Rubin 1977), and so is the slope itself, so that a slope that cannot
-    be told from zero becomes zero (MacKay 1992).
-
-    Noise is Student's t (Lange, Little and Taylor 1989), its variance a sum of the subtraction's (∝ prefill²), the
-    steps' (∝ n − 1) and the run's (∝ (n − 1)²), times a factor per key. A clamped zero stands for "anything below
-    zero" (Tobit 1958), unless a total of its own measurement tells the difference before clamping.
-
-    A total says nothing of the skewness of its steps: the P50 step is the location of symmetric noise, which for a
-    run is its total's median per step. The spread of a step is that of the run and the steps together on the log
-    scale. Where the subtraction's noise hides the steps' part, a step is taken to share half of its variance with its
-    run.
-
-    References
-    ----------
-    J. Tobin (1958), Econometrica 26, 24-36. C. R. Henderson (1975), Biometrics 31, 423-447. A. P. Dempster, N. M. Laird
-    and D. B. Rubin (1977), J. R. Stat. Soc. B 39, 1-38. K. L. Lange, R. J. A. Little and J. M. G. Taylor (1989), J. Am.
-    Stat. Assoc. 84, 881-896. D. J. C. MacKay (1992), Neural Computation 4, 415-447.
     """
     columns = [quantile_column(q) for q in quantiles]
     runs = _read_run_totals(run_sample, axes)

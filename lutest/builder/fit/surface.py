@@ -1,26 +1,4 @@
-"""Conditional quantiles of latencies over keys and lengths, each key borrowing strength from the others.
-
-The estimator is a location-scale model of the logarithm of a latency, which makes it indifferent to units::
-
-    log t = f(length, key) + u_key(length) + scale_key · e
-
-``f`` is a smooth function that all keys share (log-polynomials and their interactions, or splines), ``u_key`` a
-smooth deviation of the key, shrunk towards zero by empirical Bayes (Robinson 1991; Laird and Ware 1982), both fitted
-with Student-t weights, so that outliers count little (Lange, Little and Taylor 1989). Which ``f`` and how supple a
-``u_key`` is decided by cross-validation over runs. The quantiles are those of residuals of runs that the fit has not
-seen: per key a shrunk scale, then quantile regression (Koenker and Bassett 1978) of the scaled residuals on length and
-key, then a shift that makes the cross-validated coverage right (conformalised quantile regression, Romano, Patterson
-and Candès 2019). A key of few runs has its spread widened by what is not known of its own deviation.
-
-References
-----------
-R. Koenker and G. Bassett (1978), Regression quantiles, Econometrica 46.
-D. R. Hunter and K. Lange (2000), Quantile regression via an MM algorithm, J. Comput. Graph. Stat. 9.
-N. M. Laird and J. H. Ware (1982), Random-effects models for longitudinal data, Biometrics 38.
-K. L. Lange, R. J. A. Little and J. M. G. Taylor (1989), Robust statistical modeling using the t distribution, JASA 84.
-G. K. Robinson (1991), That BLUP is a good thing, Statistical Science 6.
-Y. Romano, E. Patterson and E. Candès (2019), Conformalized quantile regression, NeurIPS 32.
-"""
+"""Conditional quantiles of latencies over keys and lengths, each key borrowing strength from the others."""
 
 from __future__ import annotations
 
@@ -35,8 +13,8 @@ from lutest.builder.fit.observations import FOLDS, Floats, Integers, Observation
 from lutest.builder.fit.quantiles import own_shifts, quantile_regression, weighted_quantile
 
 _LEAST_SCALE = 1e-5  # of log t: a hundred-thousandth of the latency
-_LEAST_SHARE = 0.25  # of the typical deviation of unseen runs: the least that a run's own deviation is taken for
-_WIDEST, _WIDEST_AT_LEAST = 3.0, 2.0  # times the largest deviation of an unseen run, and a factor of e²
+_LEAST_SHARE = 0.25  # of the typical deviation of runs out of fold: the least that a run's own deviation is taken for
+_WIDEST, _WIDEST_AT_LEAST = 3.0, 2.0  # times the largest deviation of a run out of fold, and a factor of e²
 
 
 @dataclass(frozen=True)
@@ -51,8 +29,8 @@ class Surface:
         return self.location(key, place)[:, None] + self.spread(key, place)
 
 
-def fit_centre(data: Observations) -> KeyFunction:
-    """Fit the centre of the logarithm of a latency alone, as a function of key and place.
+def fit_location_alone(data: Observations) -> KeyFunction:
+    """Fit the location of the logarithm of a latency alone, as a function of key and place.
 
     Parameters
     ----------
@@ -62,9 +40,9 @@ def fit_centre(data: Observations) -> KeyFunction:
     Returns
     -------
     callable
-        (key, place) → centre of log t, shape (n,).
+        (key, place) → location of log t, shape (n,).
     """
-    return fit_location(data, *chosen_model(data)).centre
+    return fit_location(data, *chosen_model(data)).at
 
 
 def fit_surface(data: Observations, more: Observations, quantiles: Sequence[float]) -> Surface:
@@ -73,7 +51,9 @@ def fit_surface(data: Observations, more: Observations, quantiles: Sequence[floa
     Parameters
     ----------
     data : Observations
-        At least one observation of every key.
+        What the location and the shared quantiles are fitted to: at least one observation of every key.
+    more : Observations
+        What each key's own quantiles are told by: as many as there are.
     quantiles : sequence of float
         Levels in (0, 1), ascending.
 
@@ -83,36 +63,38 @@ def fit_surface(data: Observations, more: Observations, quantiles: Sequence[floa
     """
     model, start = chosen_model(data)
     location = fit_location(data, model, start)
-    unseen, doubt, variance = (np.empty(len(data.place)) for _ in range(3))
-    more_unseen = np.empty(len(more.place))
+    out_of_fold, posterior_variance, variance = (np.empty(len(data.place)) for _ in range(3))
+    more_out_of_fold = np.empty(len(more.place))
     for fold in range(FOLDS):
         held = data.fold == fold
         partial = location
         if held.any() and not held.all():
             partial = fit_location(data.rows(~held), model, location.state, iterations=4)
-        unseen[held] = data.log_ms[held] - partial.centre(data.key[held], data.place[held])
-        doubt[held] = partial.doubt(data.key[held], data.place[held])
+        out_of_fold[held] = data.log_ms[held] - partial.at(data.key[held], data.place[held])
+        posterior_variance[held] = partial.posterior_variance(data.key[held], data.place[held])
         variance[held] = partial.state.variance
         rows = more.fold == fold
-        more_unseen[rows] = more.log_ms[rows] - partial.centre(more.key[rows], more.place[rows])
+        more_out_of_fold[rows] = more.log_ms[rows] - partial.at(more.key[rows], more.place[rows])
     # A fit with a coefficient for every run leaves no variance, and would make any doubt immense beside it.
-    size = np.abs(unseen)
+    size = np.abs(out_of_fold)
     least_variance = (_LEAST_SHARE * weighted_quantile(size, data.weight, 0.5)) ** 2
-    widening = np.sqrt(1 + doubt / np.maximum(variance, least_variance))
-    spread = _with_own_quantiles(_fit_spread(data, unseen / widening, quantiles), more, more_unseen, quantiles)
+    widening = np.sqrt(1 + posterior_variance / np.maximum(variance, least_variance))
+    spread = _with_own_quantiles(
+        _fit_residual_quantiles(data, out_of_fold / widening, quantiles), more, more_out_of_fold, quantiles
+    )
     own_variance = max(location.state.variance, least_variance)
     limit = max(_WIDEST * float(size.max()), _WIDEST_AT_LEAST)
 
     def widened(key: Integers, place: Floats) -> Floats:
-        factor = np.sqrt(1 + location.doubt(key, place) / own_variance)
+        factor = np.sqrt(1 + location.posterior_variance(key, place) / own_variance)
         return np.asarray(np.clip(spread(key, place) * factor[:, None], -limit, limit))
 
-    return Surface(location.centre, widened)
+    return Surface(location.at, widened)
 
 
-def _fit_spread(data: Observations, unseen: Floats, quantiles: Sequence[float]) -> KeyFunction:
-    scale = _key_scales(data, unseen)
-    scaled = unseen / scale[data.key]
+def _fit_residual_quantiles(data: Observations, out_of_fold: Floats, quantiles: Sequence[float]) -> KeyFunction:
+    scale = _key_scales(data, out_of_fold)
+    scaled = out_of_fold / scale[data.key]
     design = {name: shared_shape(data, name) for name in ("level", "linear")}
     effective = data.weight.sum()
     fits: list[tuple[str, Floats, float]] = []
@@ -151,10 +133,12 @@ def _fit_spread(data: Observations, unseen: Floats, quantiles: Sequence[float]) 
 
 
 def _with_own_quantiles(
-    spread: KeyFunction, data: Observations, unseen: Floats, quantiles: Sequence[float]
+    spread: KeyFunction, data: Observations, out_of_fold: Floats, quantiles: Sequence[float]
 ) -> KeyFunction:
     shared = spread(data.key, data.place)
-    shifts = own_shifts(unseen[:, None] - shared, data.key, data.weight[None], data.fold, len(data.key_ids), quantiles)
+    shifts = own_shifts(
+        out_of_fold[:, None] - shared, data.key, data.weight[None], data.fold, len(data.key_ids), quantiles
+    )
 
     def own(key: Integers, place: Floats) -> Floats:
         return np.asarray(np.sort(spread(key, place) + shifts[key, 0], axis=1))
@@ -176,10 +160,10 @@ def _least_reach(effective: float, q: float) -> float | None:
     return float(stats.t.ppf(q, max(effective - 1, 1)) * np.sqrt(np.pi / 2) * np.sqrt(1 + 1 / max(effective, 1)))
 
 
-def _key_scales(data: Observations, unseen: Floats) -> Floats:
+def _key_scales(data: Observations, out_of_fold: Floats) -> Floats:
     """Mean absolute residual of each key, shrunk towards that of all by empirical Bayes."""
     n_keys = len(data.key_ids)
-    size = np.abs(unseen)
+    size = np.abs(out_of_fold)
     middle = weighted_quantile(size, data.weight, 0.5)
     size = np.minimum(size, 5 * middle)
     pooled = max(float(np.average(size, weights=data.weight)), _LEAST_SCALE)

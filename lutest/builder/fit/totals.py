@@ -30,8 +30,8 @@ def calibrate_totals(
     Parameters
     ----------
     run_sample : DataFrame
-        One row a run: keys, ``prompt_tokens``, ``output_tokens``, ``prefill_ms``, ``decode_ms``, ``total_ms`` and
-        ``timed``.
+        One row a run: ``key_id``, ``prompt_tokens``, ``output_tokens``, ``prefill_ms``, ``decode_ms``, ``total_ms``,
+        ``timed`` and ``one_pass``.
     prefill_curve, decode_curve : DataFrame
         Knots of the fitted curves, as in the tables of the same names (``p50_sum_ms`` is not read).
     quantiles : sequence of float
@@ -43,44 +43,13 @@ def calibrate_totals(
     Returns
     -------
     decode_total : DataFrame
-        Keys, ``decode_steps``, ``n``, one ``pXX_ratio`` a level, ``source``: quantiles of ``decode_ms`` over D, the sum
-        of the P50 curve over the run's steps. The product of D and a ratio never falls with the number of steps;
-        ratios are above 0 and do not fall with the level. A key without a decode curve or without a run of two tokens
-        has no row.
+        ``key_id``, ``decode_steps``, ``n``, one ``pXX_ratio`` a level, ``source``: quantiles of ``decode_ms`` over D,
+        the sum of the P50 curve over the run's steps. The product of D and a ratio never falls with the number of
+        steps; ratios are above 0 and do not fall with the level. A key without a decode curve or without a run of two
+        tokens has no row.
     total : DataFrame
-        Keys, ``n`` (runs of two tokens or more), ``pXX_correlation`` in [0, 1] a level; each key of `prefill_curve`.
-
-    Notes
-    -----
-    A run's ratio is modelled as ``base(m) + s(m) · u``, m the number of steps. Its variance has components [1]_:
-    s² = v_run + v_step / m + v_fixed · w². Noise of steps averages out within a run, that of slow runs does not;
-    w is what noise that does not grow with the run comes to in the ratio: 1 / m, and for runs timed by subtraction
-    that of a whole prefill, as each pass holds one. The components maximise a Laplace likelihood: of all keys, and of
-    each key as far as keys differ by more than chance [2]_. For runs timed by subtraction ``base`` holds an offset of
-    the key as well, in units of w.
-
-    Quantiles of u are local ones over all keys, weighted by closeness in log m: their shape drifts from that of a step
-    to that of a run as m grows, their median from median to mean. A key's own quantile counts as far as the coverages
-    of the keys differ by more than chance. Levels beyond the sample are continued by an exponential tail [3]_.
-
-    Without folds D was fitted on the same runs: residuals are too small by sqrt(1 - h), and new runs lie off by
-    sqrt(1 + h), where h = H / runs of the key. H in [0, 1] is read off the spread of the keys' mean residuals: 1 where
-    the curve of each key follows its own runs, so that none is left. That knows of levels alone: where curves bend
-    towards single runs (few runs, small noise), only folds tell how far new runs lie off. Ranks are
-    those of conformal prediction, (n + 1) · q [4]_.
-
-    A total's correlation is the least c with which a share q of the runs (same ranks, same correction) is at most
-    P50 + sqrt(a² + d² + 2·c·a·d), each run weighted by its say in c, 2·a·d / (a² + d²); mirrored for levels below 0.5.
-    Few runs lie beyond a level: it is drawn to the plain correlation of the deviations of prefill and decode, which is
-    right at every level for elliptical distributions.
-
-    References
-    ----------
-    .. [1] S. R. Searle, G. Casella and C. E. McCulloch, Variance Components (1992).
-    .. [2] R. DerSimonian and N. Laird, Meta-analysis in clinical trials, Controlled Clinical Trials 7 (1986).
-    .. [3] L. Breiman, C. Stone and C. Kooperberg, Robust confidence bounds for extreme upper quantiles,
-       J. Statist. Comput. Simul. 37 (1990).
-    .. [4] Y. Romano, E. Patterson and E. J. Candès, Conformalized quantile regression, NeurIPS (2019).
+        ``key_id``, ``n`` (runs of two tokens or more), ``pXX_correlation`` in [0, 1] a level; each key of
+        `prefill_curve`.
     """
     levels = np.asarray(quantiles, dtype=float)
     sought = np.where(levels > 0.5, np.minimum(levels / (1 - outlier_share), (1 + levels) / 2), levels)
