@@ -23,11 +23,13 @@ from lutest.reader.loading import load, lookup, use
 from lutest.reader.table import LatencyTable
 
 if TYPE_CHECKING:
+    from lutest import charts as charts
     from lutest.builder.build import build as build
     from lutest.calibration.calibrate import calibrate as calibrate
     from lutest.calibration.check import check as check
     from lutest.calibration.online import OnlineCalibrator as OnlineCalibrator
     from lutest.calibration.plan import plan as plan
+    from lutest.charts.report import report as report
     from lutest.judging.diagnose import diagnose as diagnose
     from lutest.judging.evaluate import evaluate as evaluate
     from lutest.profile.generate import record_generate as record_generate
@@ -69,6 +71,7 @@ __all__ = [
     "__version__",
     "build",
     "calibrate",
+    "charts",
     "check",
     "convert",
     "diagnose",
@@ -78,6 +81,7 @@ __all__ = [
     "lookup",
     "plan",
     "record_generate",
+    "report",
     "tensor_reward",
     "use",
     "verify",
@@ -103,6 +107,7 @@ _ON_FIRST_USE = {
     "export": "lutest.tablefile.export",
     "plan": "lutest.calibration.plan",
     "record_generate": "lutest.profile.generate",
+    "report": "lutest.charts.report",
     "tensor_reward": "lutest.reward.terms",
     "verify": "lutest.tablefile.verify",
 }
@@ -111,6 +116,8 @@ _ON_FIRST_USE = {
 def __getattr__(name: str) -> Any:
     if name in _ON_FIRST_USE:
         return getattr(import_module(_ON_FIRST_USE[name]), name)
+    if name == "charts":
+        return import_module("lutest.charts")
     raise AttributeError(f"module 'lutest' has no attribute {name!r}")
 
 

@@ -8,8 +8,9 @@ from dataclasses import asdict
 import lutest
 from lutest.cli.arguments import JSON, TABLE, Answer, add_runs, argument, given_runs, verb
 from lutest.cli.printing import format_table, run_bar, working
-from lutest.cli.reading import count_runs, format_key_table, read_key_records
+from lutest.cli.reading import count_runs, format_key_table
 from lutest.judging.finding import count
+from lutest.tablefile.description import describe
 
 _MOST_SOURCES_SHOWN = 20
 
@@ -27,7 +28,7 @@ def build(arguments: argparse.Namespace) -> Answer:
     with working() as progress:
         summary = lutest.build(config, runs=runs, output=arguments.output, mixed=arguments.mixed, progress=progress)
     table = lutest.load(summary.output)
-    keys = read_key_records(table)
+    keys = describe(table)["keys"]
     content = {**asdict(summary), "keys": keys}
     shown = [tuple(source.values()) for source in content["sources"][:_MOST_SOURCES_SHOWN]]
     lines = [format_table(("source", "read", "used", "rejected"), shown)]

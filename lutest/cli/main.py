@@ -9,14 +9,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from lutest.cli import building, calibrating, judging, reading
+from lutest.cli import building, calibrating, drawing, judging, reading
 from lutest.cli.arguments import Verb
 from lutest.cli.printing import one_line, print_json
 from lutest.reader.errors import LutestError
 
 VERBS = {
     held.name: held
-    for group in (building, reading, judging, calibrating)
+    for group in (building, reading, drawing, judging, calibrating)
     for held in vars(group).values()
     if isinstance(held, Verb)
 }

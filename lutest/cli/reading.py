@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import lutest
 from lutest.cli.arguments import JSON, TABLE, Answer, argument, given_key, given_prompt_tokens, verb
 from lutest.cli.printing import fitted_table, format_table, one_line, print_json, unique_names
-from lutest.judging.finding import count, records
+from lutest.judging.finding import count
 from lutest.reader.errors import ArgumentError
-from lutest.reader.names import quote
+from lutest.tablefile.description import LEAST_RUNS_FOR_BOUND, describe
 
 if TYPE_CHECKING:
     from lutest.reader.table import LatencyTable
 
-_LEAST_RUNS_FOR_BOUND = 59  # fewer runs have no distribution-free 95 % upper bound of a P95
 _MOST_VALUES_SHOWN = 12
 _BUDGET_Q = 0.95
 
@@ -29,12 +28,8 @@ def info(arguments: argparse.Namespace) -> Answer:
     """Say what a table is and holds."""
     table = lutest.load(arguments.table)  # says what is wrong with a file that is no table
     meta = table.meta
-    sources = _query(table, "SELECT path, rows_read, rows_used, rows_rejected FROM sources ORDER BY path")
-    reasons = _query(table, "SELECT reason, count(*) AS n FROM rejected_runs GROUP BY reason ORDER BY n DESC, reason")
-    rejected = {reason["reason"]: reason["n"] for reason in reasons}
-    keys = read_key_records(table)
-    for key in keys:
-        key["runs_wanted"] = max(0, _LEAST_RUNS_FOR_BOUND - key["n"])
+    held = describe(table)
+    keys, sources, rejected = held["keys"], held["sources"], held["rejected"]
     mixed = [f"{len(names)} {what}s" for what, names in json.loads(meta.get("mixed", "{}")).items() if names]
     parent, n_runs = meta.get("parent_content_hash"), json.loads(meta.get("calibration", "{}")).get("n_runs", 0)
     facts = {
@@ -55,12 +50,11 @@ def info(arguments: argparse.Namespace) -> Answer:
     lines += ["", format_key_table(table.key_columns, keys, upper=True)]
     thin = [key for key in keys if key["runs_wanted"]]
     if thin:
-        lines += ["", f"thin: no upper bound of P95 below {_LEAST_RUNS_FOR_BOUND} runs"]
+        lines += ["", f"thin: no upper bound of P95 below {LEAST_RUNS_FOR_BOUND} runs"]
     for key in thin:
         name = " ".join(str(key[part]) for part in table.key_columns)
         lines.append(f"  {one_line(name)}: {count(key['n'], 'run')}, {key['runs_wanted']} more wanted")
-    content = {"path": arguments.table, "meta": meta, "key_columns": list(table.key_columns), "keys": keys}
-    return Answer({**content, "sources": sources, "rejected": rejected}, lines)
+    return Answer(held, lines)
 
 
 def _values(table: LatencyTable, place: int) -> str:
@@ -71,32 +65,6 @@ def _values(table: LatencyTable, place: int) -> str:
 
 def _names(value: str | None) -> str:
     return "; ".join(map(str, json.loads(value or "[]"))) or "not said by the runs"
-
-
-def _query(table: LatencyTable, query: str) -> list[dict[str, Any]]:
-    """Rows of a query on a table's file, by column; what DuckDB says of it names the file."""
-    from lutest.tablefile.sql import connect, database_errors
-
-    with (
-        connect(table.path) as connection,
-        database_errors(f"{table.path}: cannot be read as a latency table: "),
-    ):
-        return records(connection, query)
-
-
-def read_key_records(table: LatencyTable) -> list[dict[str, Any]]:
-    """One record per configuration of a table file, in the order of its keys."""
-    key = ", ".join(map(quote, table.key_columns))
-    return _query(
-        table,
-        f"""
-        SELECT configs.*, kv_len_min, kv_len_max
-        FROM configs LEFT JOIN (
-            SELECT {key}, min(kv_len) AS kv_len_min, max(kv_len) AS kv_len_max FROM decode_curve GROUP BY {key}
-        ) AS ranges USING ({key})
-        ORDER BY {key}
-        """,
-    )
 
 
 def format_key_table(key_columns: Sequence[str], keys: Sequence[Mapping[str, Any]], *, upper: bool) -> str:

@@ -8,10 +8,11 @@ import duckdb
 import numpy as np
 import pandas as pd
 
-from lutest.judging.finding import Finding, Severity, brief_ms, graded, percent, records
+from lutest.judging.finding import Finding, Severity, brief_ms, graded, percent
 from lutest.judging.step_regression import StepFit
 from lutest.reader.names import quote
 from lutest.runs.sources.run_rows import field_column
+from lutest.tablefile.description import records
 
 PER_TOKEN_FIELDS = ("T_decode_per_token", "decode_per_token_ms")
 NEAR_WHOLE = 0.3  # steps: an offset this close to 0 or 1 step is taken for it

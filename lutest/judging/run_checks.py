@@ -11,7 +11,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from lutest.judging.finding import Finding, brief_ms, count, graded, percent, plain, records
+from lutest.judging.finding import Finding, brief_ms, count, graded, percent, plain
+from lutest.tablefile.description import records
 
 RUNS_FOR_P95 = 20  # below, P95 is the largest run or lies beyond it
 RUNS_FOR_BOUND = math.ceil(math.log(0.05) / math.log(0.95))  # 59: the largest run bounds P95 with 95 % confidence

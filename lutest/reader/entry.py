@@ -87,6 +87,25 @@ class Entry(Unchanging):
             f"prefill_p95_ms={self.prefill_p95_ms:.4g}, decode_step_p50_ms={step}, n={self.n}, {self.source}>"
         )
 
+    def _repr_html_(self) -> str:
+        from lutest.reader.rows import html_table
+
+        caption = f"{described_key(self._columns, self.key)}: {self.n:,} runs, {self.source}; latencies in ms"
+        return html_table(caption, self.curve())
+
+    def curve(self) -> list[dict[str, Any]]:
+        """The knots of the latency curves, as rows for a data frame.
+
+        Returns
+        -------
+        list of dict
+            ``stage`` (``prefill``, ``decode_step``), ``tokens`` (prompt length, KV length), ``n``, ``source`` and, for
+            each quantile of the table, milliseconds, such as ``p95_ms``. Between knots a curve is linear.
+        """
+        from lutest.reader.rows import curve_rows
+
+        return curve_rows(self._figures, self._quantiles)
+
     def prefill_ms(self, prompt_tokens: int | None = None, q: float = 0.5) -> float:
         """Prefill latency: everything up to the first token.
 

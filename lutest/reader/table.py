@@ -14,6 +14,7 @@ from lutest.reader.lengths import lengths_by_workload
 from lutest.reader.search import best, feasible, frontier
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
     from lutest.reader.batch import Batch
@@ -69,6 +70,11 @@ class LatencyTable(Unchanging):
             f"quantiles {', '.join(map(str, self.quantiles))}{f', device {device}' if device else ''}>"
         )
 
+    def _repr_html_(self) -> str:
+        from lutest.reader.rows import config_rows, html_table
+
+        return html_table(repr(self).strip("<>"), config_rows(self.figures))
+
     def __len__(self) -> int:
         return len(self.keys)
 
@@ -118,6 +124,14 @@ class LatencyTable(Unchanging):
             held = self.__dict__.setdefault("_batch", Batch(self.figures))
         found: Batch = held
         return found
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per configuration: sample sizes, and quantiles of prefill and of a decode step in milliseconds."""
+        import pandas as pd
+
+        from lutest.reader.rows import config_rows
+
+        return pd.DataFrame(config_rows(self.figures))
 
     def to_torch(self, device: str | torch.device = "cpu", q: float = 0.95) -> LatencyModule:
         """The table as a `torch.nn.Module` on a device; see `lutest.reader.torch_module.LatencyModule`.

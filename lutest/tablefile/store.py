@@ -26,6 +26,7 @@ from lutest.tablefile.schema import STORAGE_VERSION, TABLES, Table, stored_key_c
 from lutest.tablefile.sql import connect
 from lutest.tablefile.verify import content_hash, parent_schema, row_counts
 
+REPORT_MARK = '<meta name="generator" content="lutest report">'
 RUNS_MARK = "KV_METADATA {lutest: 'runs'}"  # option of COPY, by which a Parquet file is known as one of convert's
 _BLOCK_SIZE = 16_384  # small tables: the default of 256 KiB a block would be mostly air
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # file systems without advisory locks
@@ -78,6 +79,10 @@ def _is_export(path: Path) -> bool:
     return b"".join(_start(path).split()).startswith(f'{{"format":"{EXPORT_FORMAT}"'.replace(" ", "").encode())
 
 
+def _is_report(path: Path) -> bool:
+    return REPORT_MARK.encode() in _start(path)
+
+
 class _Kind(NamedTuple):
     """What a verb writes."""
 
@@ -90,6 +95,7 @@ _KINDS = {
     "table": _Kind("a lutest table", "table.duckdb", _is_table),
     "runs": _Kind("a file of runs that `lutest convert` wrote", "runs.parquet", _is_runs),
     "export": _Kind("an export of a lutest table", "table.json", _is_export),
+    "report": _Kind("a report of lutest", "report.html", _is_report),
 }
 
 
@@ -131,9 +137,9 @@ def replaceable(output: Path, sources: Iterable[Path], kind: str) -> Path:
         Where a file comes to stand.
     sources : iterable of Path
         The files that it is made from, none of which it may replace.
-    kind : {"table", "runs", "export"}
-        What comes to stand there: a table, runs in Parquet written with `RUNS_MARK`, or an export. Only the like of it
-        is replaced.
+    kind : {"table", "runs", "export", "report"}
+        What comes to stand there: a table, runs in Parquet written with `RUNS_MARK`, an export, or a page that has
+        `REPORT_MARK`. Only the like of it is replaced.
 
     Raises
     ------

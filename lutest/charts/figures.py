@@ -1,0 +1,120 @@
+"""What pictures of a table show, as plain numbers: totals over lengths, curves, shares within budgets, qualities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lutest.reader.entry import Entry
+from lutest.reader.table import LatencyTable
+
+_CLOSE = 0.003  # relative: how far a total that is interpolated along one of two lengths may be off
+_FIRST_OUTPUTS = (1, 2, 4, 8, 16, 32, 64, 128)
+_BEYOND = 1.25  # times the last knot: how far curves are drawn
+_MOST_SHARES, _FEWEST_BUDGETS, _MOST_BUDGETS = 2_400, 12, 28  # of P(total <= budget)
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+def common_lengths(table: LatencyTable) -> tuple[list[int], list[int]]:
+    """Prompt and output lengths at which the totals of every configuration are computed."""
+    keys = table.figures.keys
+    knots = [place for key in keys for place in key.prefill_curve.at]
+    seen = [pairs[-1][0] for pairs in table.output_lengths.values() if pairs]
+    last = max([1, *seen, *(key.decode_total.decode_steps[-1] + 1 for key in keys if key.decode_total)])
+    prompts = {min(knots), *(key.prompt_tokens_p50 for key in keys[:: max(1, len(keys) // 3)]), max(knots)}
+    return sorted(prompts), sorted({*(n for n in _FIRST_OUTPUTS if n < last), last})
+
+
+def totals(table: LatencyTable, place: int, common: tuple[Sequence[int], Sequence[int]]) -> dict[str, Any]:
+    """Totals of one configuration over lengths, so close that what lies between can be interpolated.
+
+    Parameters
+    ----------
+    table : LatencyTable
+    place : int
+        Of the configuration among the table's.
+    common : pair of sequences of int
+        Prompt and output lengths to have in any case.
+
+    Returns
+    -------
+    dict
+        ``prompts``, ``outputs``: the lengths, increasing; ``own_ms``: totals at each quantile of the table and output
+        length, as measured, no prompt length given; ``ms``: at each quantile, prompt and output length; ``error``: the
+        largest relative error of interpolation that was met.
+    """
+    figures = table.figures.keys[place]
+    knots = figures.decode_total.decode_steps if figures.decode_total else ()
+    prompts = _candidates([*common[0], *figures.prefill_curve.at])
+    outputs = _candidates([*common[1], *(step + 1 for step in knots)]) if knots else np.array([1])
+    ids = np.array(place)
+    ms = np.stack([table.batch.total_ms(ids, prompts[:, None], outputs, q) for q in table.quantiles])
+    of_prompts, prompt_error = _kept(prompts, common[0], np.moveaxis(ms, 1, -1))
+    of_outputs, output_error = _kept(outputs, common[1], ms)
+    kept = outputs[of_outputs]
+    return {
+        "prompts": prompts[of_prompts].tolist(),
+        "outputs": kept.tolist(),
+        "own_ms": np.stack([table.batch.total_ms(ids, None, kept, q) for q in table.quantiles]),
+        "ms": ms[:, of_prompts][:, :, of_outputs],
+        "error": prompt_error + output_error,
+    }
+
+
+def _candidates(lengths: Sequence[int]) -> Ints:
+    """Lengths, and more between those that lie far apart."""
+    ends = sorted(set(lengths))
+    between = {round(low + share * (high - low)) for low, high in pairwise(ends) for share in (0.1, 0.3, 0.5, 0.75)}
+    return np.array(sorted({*ends, *between}))
+
+
+def _kept(lengths: Ints, common: Sequence[int], ms: Floats) -> tuple[Ints, float]:
+    """Places of the lengths between which the others can be interpolated, and the largest relative error of that."""
+    kept = np.flatnonzero(np.isin(lengths, common))
+    while True:
+        j = np.clip(np.searchsorted(kept, np.arange(len(lengths)), side="right") - 1, 0, max(len(kept) - 2, 0))
+        low, high = kept[j], kept[np.minimum(j + 1, len(kept) - 1)]
+        share = (lengths - lengths[low]) / np.maximum(lengths[high] - lengths[low], 1)
+        straight = ms[..., low] * (1.0 - share) + ms[..., high] * share
+        errors = np.abs(straight / ms - 1.0).reshape(-1, len(lengths)).max(axis=0)
+        worst = {int(part): int(np.argmax(np.where(j == part, errors, 0.0))) for part in np.unique(j)}
+        more = [place for place in worst.values() if errors[place] > _CLOSE]
+        if not more:
+            return kept, float(errors.max())
+        kept = np.union1d(kept, more)
+
+
+def curve(entry: Entry, stage: str) -> dict[str, Any] | None:
+    """A curve's knots by column, with P50 and P95, and a point beyond the last of them; None where there is none."""
+    rows = [row for row in entry.curve() if row["stage"] == stage]
+    if not rows:
+        return None
+    ask = entry.prefill_ms if stage == "prefill" else entry.decode_step_ms
+    last = round(_BEYOND * rows[-1]["tokens"]) + 1
+    beyond = {"tokens": last, "n": 0, "source": "extrapolated", "p50_ms": ask(last, 0.5), "p95_ms": ask(last, 0.95)}
+    names = ("tokens", "n", "source", "p50_ms", "p95_ms")
+    return {name: [row[name] for row in [*rows, beyond]] for name in names}
+
+
+def shares_within(table: LatencyTable) -> list[dict[str, list[float]]] | None:
+    """P(total <= budget) of each configuration over budgets of its own; None without output lengths."""
+    lengths = [tokens for pairs in table.output_lengths.values() for tokens, _ in pairs]
+    if not lengths:
+        return None
+    n_budgets = min(max(_MOST_SHARES // len(table), _FEWEST_BUDGETS), _MOST_BUDGETS)
+    held: list[dict[str, list[float]]] = []
+    for key, figures in zip(table.keys, table.figures.keys, strict=True):
+        entry = table[key]
+        if figures.decode_curve is None and max(lengths) > 1:
+            held.append({"budget_ms": [], "share": []})
+            continue
+        ends = 0.6 * entry.total_ms(None, min(lengths), 0.5), 1.3 * entry.total_ms(None, max(lengths), 0.95)
+        budgets = [float(f"{budget:.3g}") for budget in np.geomspace(*ends, n_budgets)]
+        held.append({"budget_ms": budgets, "share": [entry.p_within(budget) for budget in budgets]})
+    return held

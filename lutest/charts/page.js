@@ -1,0 +1,404 @@
+"use strict";
+// Draws what the page's own data say, and nothing else: no address outside, no library.
+(() => {
+const data = JSON.parse(document.getElementById("data").textContent);
+const MOST_CHOSEN = 6, SLIDER_STEPS = 240, MOST_ROWS = 3000;
+const SHAPES = ["M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0", "M-3.6,-3.6h7.2v7.2h-7.2z", "M0,-4.8L4.6,3.6H-4.6z",
+  "M0,-5L5,0L0,5L-5,0z", "M0,4.8L4.6,-3.6H-4.6z", "M-4.5,-1.5h3v-3h3v3h3v3h-3v3h-3v-3h-3z"];
+
+// ---- elements: text is only ever set as text ----
+const make = (space) => (name, attributes = {}, ...children) => {
+  const element = space ? document.createElementNS(space, name) : document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else element.setAttribute(key, value === true ? "" : value);
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return element;
+};
+const h = make(null), s = make("http://www.w3.org/2000/svg");
+const bdi = (text) => h("bdi", {}, String(text));
+const isolated = (text) => `\u2068${text}\u2069`; // what reads from right to left leaves its surroundings alone
+
+const figure3 = (value) => {
+  if (value === null || !Number.isFinite(value)) return "–";
+  const digits = Math.abs(value) >= 1000 ? 0 : Math.max(0, 2 - Math.floor(Math.log10(Math.abs(value) || 1)));
+  return value.toLocaleString("en", {minimumFractionDigits: Math.min(digits, 4), maximumFractionDigits: Math.min(digits, 4)});
+};
+const ms = (value) => `${figure3(value)} ms`;
+const whole = (value) => value.toLocaleString("en");
+const percent = (value) => value === null ? "–" : `${(100 * value).toFixed(1)} %`;
+const label = (key) => data.keys[key].map(isolated).join(" · ");
+const longLabel = (key) => data.columns.map((column, i) => `${isolated(column.name)} ${isolated(data.keys[key][i])}`).join(", ");
+const level = (q) => `P${+(100 * q).toPrecision(10)}`;
+
+// ---- what is asked, and the totals of it ----
+const ids = data.keys.map((_, i) => i);
+const median = data.quantiles.indexOf(0.5), tail = data.quantiles.indexOf(0.95);
+const asked = {budget: 0, prompt: null, output: data.start.output, q: tail, workload: Object.keys(data.quality)[0]};
+let chosen = [...data.start.chosen];
+
+const between = (places, x) => { // the place before x, and how far x is on the way to the next
+  let j = 0;
+  while (j < places.length - 2 && places[j + 1] <= x) j++;
+  if (places.length < 2) return [0, 0, 0];
+  return [j, j + 1, Math.min(Math.max((x - places[j]) / (places[j + 1] - places[j]), 0), 1)];
+};
+const mixed = (a, b, share) => share === 0 ? a : share === 1 ? b : a + (b - a) * share;
+const totalOf = (key, prompt, output, q) => {
+  const held = data.totals[key];
+  if (output > held.outputs[held.outputs.length - 1]) return null; // nothing is known of decode
+  const [low, high, share] = between(held.outputs, output);
+  const along = (row) => mixed(row[low], row[high], share);
+  if (prompt === null) return along(held.own_ms[q]);
+  const [below, above, part] = between(held.prompts, prompt);
+  return mixed(along(held.ms[q][below]), along(held.ms[q][above]), part);
+};
+// Without an output length prefill decides, the total of one token, and has its share of the budget.
+const latencies = () => ids.map((key) => totalOf(key, asked.prompt, asked.output ?? 1, asked.q));
+const limit = () => asked.budget * (asked.output === null ? data.prefill_share : 1);
+let latency = [];
+
+// ---- tables behind pictures ----
+const dataTable = (caption, columns, rows) => h("table", {class: "data"}, h("caption", {}, caption),
+  h("thead", {}, h("tr", {}, columns.map((name) => h("th", {scope: "col"}, bdi(name))))),
+  h("tbody", {}, rows.slice(0, MOST_ROWS).map((row) => h("tr", {}, row.map((value) =>
+    h("td", {class: typeof value === "string" ? "text" : null}, bdi(typeof value === "number" ? figure3(value) : value ?? "–")))))));
+const behind = (caption, columns, rows) => { // laid out when it is opened
+  const place = h("div", {class: "scroll"});
+  const details = h("details", {ontoggle: () => { if (details.open) place.replaceChildren(dataTable(caption, columns, rows())); }},
+    h("summary", {}, "Numbers"), place);
+  details.redraw = () => { if (details.open) place.replaceChildren(dataTable(caption, columns, rows())); };
+  return details;
+};
+
+// ---- scales and axes ----
+const ticks = (low, high, log, wanted) => {
+  if (log) {
+    const found = [];
+    for (const steps of [[1, 2, 5], [1, 3], [1]]) {
+      found.length = 0;
+      for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
+        for (const step of steps) { const at = step * 10 ** power; if (at >= low * 0.999 && at <= high * 1.001) found.push(at); }
+      if (found.length <= wanted + 2) break;
+    }
+    if (found.length > 1) return found;
+  }
+  const rough = (high - low) / wanted || 1, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
+  const found = [];
+  for (let at = Math.ceil(low / step - 1e-9) * step; at <= high + 1e-9 * step; at += step) found.push(+at.toPrecision(12));
+  return found;
+};
+const tickText = (value) => Math.abs(value) >= 1e4 && value % 1000 === 0 ? `${whole(value / 1000)}k` : +value.toPrecision(6) + "";
+const scale = ({low, high, log}, from, to) => {
+  const f = log ? Math.log : (value) => value;
+  const span = f(high) - f(low) || 1;
+  return (value) => from + (f(value) - f(low)) / span * (to - from);
+};
+const extent = (values) => {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) if (value !== null && Number.isFinite(value)) { low = Math.min(low, value); high = Math.max(high, value); }
+  return low <= high ? [low, high] : [0, 1];
+};
+// A chart that is drawn anew where its width or what it shows has changed.
+const charts = [];
+const chart = (parent, title, describe, draw, table) => {
+  const caption = h("figcaption", {}), svg = s("svg", {role: "img"});
+  const figure = h("figure", {}, h("h3", {}, title), svg, caption, table);
+  parent.append(figure);
+  const held = {
+    draw() {
+      const width = Math.max(280, Math.floor(figure.clientWidth || 600));
+      svg.replaceChildren();
+      const text = describe();
+      caption.textContent = text;
+      svg.setAttribute("aria-label", `${title}. ${text}`);
+      draw(svg, width);
+      table?.redraw();
+    }, figure,
+  };
+  charts.push(held);
+  return held;
+};
+const frame = (svg, width, height, x, y, margin = {}) => {
+  const m = {left: 52, right: 16, top: 10, bottom: 38, ...margin};
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  const sx = scale(x, m.left, width - m.right), sy = scale(y, height - m.bottom, m.top);
+  for (const at of x.ticks ?? ticks(x.low, x.high, x.log, Math.max(3, Math.floor(width / 90)))) {
+    svg.append(s("line", {class: "axis", x1: sx(at), x2: sx(at), y1: height - m.bottom, y2: height - m.bottom + 5}),
+      s("text", {x: sx(at), y: height - m.bottom + 18, "text-anchor": "middle"}, x.text ? x.text(at) : tickText(at)));
+  }
+  for (const at of y.ticks ?? ticks(y.low, y.high, y.log, Math.max(3, Math.floor(height / 60)))) {
+    svg.append(s("line", {class: "axis", x1: m.left, x2: width - m.right, y1: sy(at), y2: sy(at)}),
+      s("text", {x: m.left - 7, y: sy(at) + 4, "text-anchor": "end"}, y.text ? y.text(at) : tickText(at)));
+  }
+  svg.append(s("text", {x: (m.left + width - m.right) / 2, y: height - 4, "text-anchor": "middle"}, x.label));
+  svg.append(s("text", {x: 4, y: m.top - 1, class: "strong"}, y.label));
+  return {sx, sy, bottom: height - m.bottom, top: m.top, left: m.left, right: width - m.right};
+};
+const path = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)},${y.toFixed(1)}`).join("");
+const hover = (element, text) => { element.append(s("title", {}, text)); return element; };
+
+// ---- parts of the page ----
+const main = document.querySelector("main");
+const part = (id, title, ...texts) => {
+  const section = h("section", {id}, h("h2", {}, title), texts.map((text) => h("p", {}, text)));
+  main.append(section);
+  return section;
+};
+const findings = (section, about) => {
+  const held = (data.judged?.findings ?? []).filter((finding) => finding.about === about && finding.severity !== "ok");
+  if (held.length) section.append(h("ul", {class: "findings"}, held.map((finding) =>
+    h("li", {class: finding.severity}, h("b", {}, `${finding.severity}: ${finding.name.replaceAll("_", " ")}`), bdi(finding.sentence)))));
+};
+
+// ---- the budget ----
+const drawBudget = () => {
+  const section = part("budget", "The budget",
+    "Which configurations stay within a budget. Choose a configuration to see its curves below; up to six at a time.");
+  const [low, high] = data.start.budgets;
+  const atStep = (step) => +(low * (high / low) ** (step / SLIDER_STEPS)).toPrecision(3);
+  const slider = h("input", {type: "range", id: "slider", min: 0, max: SLIDER_STEPS, step: 1});
+  const number = h("input", {type: "number", id: "budget-ms", min: 0, step: "any", "aria-label": "Budget in ms, exactly"});
+  const lengths = (name, list) => h("datalist", {id: name}, list.map((value) => h("option", {value})));
+  const first = data.common;
+  const limits = (list) => ({min: list[0], max: list[list.length - 1]});
+  const prompt = h("input", {type: "number", id: "prompt", step: 1, list: "prompts", placeholder: "as measured", ...limits(first.prompts)});
+  const output = h("input", {type: "number", id: "output", step: 1, list: "outputs", placeholder: "not known", ...limits(first.outputs)});
+  const quantile = h("select", {id: "quantile"}, data.quantiles.map((q, i) => h("option", {value: i, selected: i === asked.q}, level(q))));
+  output.value = asked.output ?? "";
+  section.append(h("form", {class: "controls", onsubmit: (event) => event.preventDefault()},
+    h("label", {class: "wide"}, "Budget", slider), h("label", {}, "Budget, ms", number),
+    h("label", {}, "Prompt tokens", prompt), h("label", {}, "Output tokens", output),
+    h("label", {}, "Quantile", quantile), lengths("prompts", first.prompts), lengths("outputs", first.outputs)));
+  const count = h("output", {class: "count", id: "count", for: "slider", "aria-live": "polite"});
+  const row = h("div", {class: "row"}), left = h("div", {}), right = h("div", {});
+  row.append(left, right);
+  section.append(count, row);
+  const cells = drawGrid(left);
+  left.append(h("ul", {class: "legend"}, [["f0", "half of the budget or less"], ["f1", "to 80 %"], ["f2", "✓ fits"],
+    ["o0", "over, by up to 25 %"], ["o1", "up to twice"], ["o2", "more"]].map(([name, text]) => h("li", {}, h("span", {class: `cell ${name}`}), text))));
+  left.append(h("p", {class: "quiet"}, `In each cell: latency in ms; ✓ fits. Between computed lengths the page interpolates, off by ${percent(data.error)} at most.`));
+  left.append(behindGrid = behind("Latency of each configuration", [...data.columns.map((c) => c.name), "n", "latency, ms", "fits"],
+    () => ids.map((key) => [...data.keys[key].map(String), data.n[key], latency[key], latency[key] === null ? "not known" : latency[key] <= limit() ? "yes" : "no"])));
+  drawFitting(right);
+  if (asked.workload !== undefined) drawFrontier(right);
+
+  const show = () => {
+    const most = limit();
+    let fitting = 0;
+    for (const key of ids) {
+      const share = latency[key] === null ? null : latency[key] / most, cell = cells[key], fits = share !== null && share <= 1;
+      fitting += fits;
+      const name = share === null ? "none" : share <= 0.5 ? "f0" : share <= 0.8 ? "f1" : share <= 1 ? "f2" : share <= 1.25 ? "o0" : share <= 2 ? "o1" : "o2";
+      if (cell.button.className !== `cell ${name}`) cell.button.className = `cell ${name}`;
+      cell.value.textContent = `${fits ? "✓ " : ""}${figure3(latency[key])}`;
+      cell.button.title = `${longLabel(key)}: ${what()} ${latency[key] === null ? "not known, no run had a decode step" : ms(latency[key])}, ${fits ? "fits" : "does not fit"}; n = ${whole(data.n[key])} runs`;
+      cell.button.setAttribute("aria-label", cell.button.title);
+    }
+    const text = `${fitting} of ${ids.length} configurations fit ${ms(asked.budget)}`;
+    count.textContent = `${text} (${what()}${asked.output === null ? ` within ${percent(data.prefill_share)} of it` : ""})`;
+    count.dataset.fitting = fitting;
+    slider.setAttribute("aria-valuetext", text);
+    for (const held of [fittingChart, frontierChart, sharesChart]) held?.draw();
+    behindGrid.redraw();
+  };
+  const ask = () => { latency = latencies(); show(); };
+  const setBudget = (value, from) => {
+    if (!(value > 0)) return;
+    asked.budget = value;
+    if (from !== number) number.value = value;
+    if (from !== slider) slider.value = Math.round(SLIDER_STEPS * Math.log(value / low) / Math.log(high / low));
+    show();
+  };
+  const held = (input) => {
+    if (input.value === "") return null;
+    const value = Math.min(Math.max(Math.round(+input.value), +input.min), +input.max);
+    return Number.isFinite(value) ? value : null;
+  };
+  slider.addEventListener("input", () => setBudget(atStep(+slider.value), slider));
+  number.addEventListener("input", () => setBudget(+number.value, number));
+  for (const [name, input] of [["prompt", prompt], ["output", output]]) {
+    input.addEventListener("input", () => { asked[name] = held(input); ask(); });
+    input.addEventListener("change", () => { input.value = held(input) ?? ""; });
+  }
+  quantile.addEventListener("change", () => { asked.q = +quantile.value; ask(); });
+  return {
+    start() { latency = latencies(); setBudget(data.start.budget); },
+    mark() { for (const key of ids) cells[key].button.setAttribute("aria-pressed", chosen.includes(key)); },
+  };
+};
+let behindGrid, fittingChart, frontierChart, sharesChart;
+const what = () => {
+  const prompt = asked.prompt === null ? "prompts as measured" : `${whole(asked.prompt)} prompt tokens`;
+  const stage = asked.output === null ? "prefill" : `total of ${whole(asked.output)} output token${asked.output === 1 ? "" : "s"}`;
+  return `${level(data.quantiles[asked.q])} ${stage}, ${prompt}`;
+};
+
+// Cells of all configurations: the column with the most numbers across, one with few values as tables side by side, the
+// rest down; where that leaves most places empty, one after the other with their names.
+const drawGrid = (parent) => {
+  const cells = [];
+  const cell = (key, ...name) => {
+    const value = h("span", {});
+    const button = h("button", {type: "button", class: "cell", "data-key": key, "aria-pressed": "false", onclick: () => toggle(key)}, name, value);
+    cells[key] = {button, value};
+    return button;
+  };
+  const {across, beside, down} = data.layout;
+  if (across === null) {
+    parent.append(h("ul", {class: "cells"}, ids.map((key) => h("li", {}, cell(key, h("small", {}, data.keys[key].map((value, i) => [i ? " · " : "", bdi(value)]).flat()))))));
+    return cells;
+  }
+  const named = (i, value) => [bdi(data.columns[i].name), " ", bdi(value)];
+  const values = (i) => data.levels[i];
+  const facets = h("div", {class: ids.length > 90 ? "facets small" : "facets"});
+  for (const side of beside === null ? [null] : values(beside)) {
+    const held = ids.filter((key) => beside === null || data.keys[key][beside] === side);
+    const rows = new Map();
+    for (const key of held) {
+      const name = JSON.stringify(down.map((i) => data.keys[key][i]));
+      rows.set(name, rows.get(name) ?? new Map()).get(name).set(data.keys[key][across], key);
+    }
+    facets.append(h("div", {class: "facet"}, beside === null ? null : h("h3", {}, named(beside, side)), h("div", {class: "scroll"},
+      h("table", {class: "grid"},
+        h("thead", {}, h("tr", {}, h("td", {}), values(across).map((value) => h("th", {scope: "col"}, named(across, value))))),
+        h("tbody", {}, [...rows].map(([name, row]) => h("tr", {},
+          h("th", {scope: "row"}, JSON.parse(name).map((value, i) => [i ? " · " : "", ...named(down[i], value)]).flat()),
+          values(across).map((value) => h("td", {}, row.has(value) ? cell(row.get(value)) : null)))))))));
+  }
+  parent.append(facets);
+  return cells;
+};
+
+const drawFitting = (parent) => {
+  const table = behind("How many configurations fit", ["budget, ms", "configurations"], () => sortedLatencies().map((value, i) => [value / share(), i + 1]));
+  const share = () => asked.output === null ? data.prefill_share : 1;
+  const sortedLatencies = () => latency.filter((value) => value !== null).sort((a, b) => a - b);
+  fittingChart = chart(parent, "How many fit", () => `Configurations within a budget, by budget: ${what()}. The dashed line is the budget.`, (svg, width) => {
+    const [low, high] = data.start.budgets, found = sortedLatencies().map((value) => value / share());
+    const {sx, sy, bottom, top} = frame(svg, width, 200, {low, high, log: true, label: "budget, ms"}, {low: 0, high: ids.length, label: "configurations"});
+    const inside = (value) => Math.min(Math.max(value, low), high);
+    const points = [[sx(low), sy(0)]];
+    found.forEach((value, i) => points.push([sx(inside(value)), sy(i)], [sx(inside(value)), sy(i + 1)]));
+    points.push([sx(high), sy(found.length)]);
+    svg.append(s("path", {class: "step", d: path(points)}), s("line", {class: "now", x1: sx(inside(asked.budget)), x2: sx(inside(asked.budget)), y1: top, y2: bottom}));
+  }, table);
+};
+
+const frontier = () => { // by rising latency, and so by rising quality: as `table.frontier`
+  const held = data.quality[asked.workload].filter((row) => latency[row.key] !== null);
+  const front = [];
+  for (const row of [...held].sort((a, b) => latency[a.key] - latency[b.key] || b.quality - a.quality))
+    if (!front.length || row.quality > front[front.length - 1].quality) front.push(row);
+  return [held, front];
+};
+const drawFrontier = (parent) => {
+  const workloads = Object.keys(data.quality);
+  if (workloads.length > 1) parent.append(h("p", {class: "controls"}, h("label", {}, "Workload", h("select", {id: "workload", onchange: (event) => { asked.workload = event.target.value; frontierChart.draw(); }},
+    workloads.map((name) => h("option", {value: name}, name))))));
+  const names = [...data.columns.map((column) => column.name), "latency, ms", "quality", "n", "fits"];
+  const table = behind("The frontier: no other configuration is as fast and better", names,
+    () => frontier()[1].map((row) => [...data.keys[row.key].map(String), latency[row.key], row.quality, row.n, latency[row.key] <= limit() ? "yes" : "no"]));
+  frontierChart = chart(parent, "Quality over latency", () => {
+    const best = frontier()[1].filter((row) => latency[row.key] <= limit()).pop();
+    const text = best ? `The best that fits: ${label(best.key)}, quality ${figure3(best.quality)} (n = ${whole(best.n)}) at ${ms(latency[best.key])}.` : "None that fits has a quality.";
+    return `${text} The line joins the configurations that are worth choosing; filled ones fit.`;
+  }, (svg, width) => {
+    const [held, front] = frontier();
+    const [low, high] = extent(held.map((row) => latency[row.key])), [worst, best] = extent(held.map((row) => row.quality)), gap = (best - worst) * 0.08 || 0.05;
+    const x = {low: low * 0.93, high: Math.max(high * 1.07, low * 1.2), log: high > 4 * low, label: "latency, ms"};
+    const {sx, sy, top, bottom, left, right} = frame(svg, width, 260, x, {low: worst - gap, high: best + gap, label: "quality"});
+    svg.append(s("path", {class: "step", d: path(front.flatMap((row, i) => [...(i ? [[sx(latency[row.key]), sy(front[i - 1].quality)]] : []), [sx(latency[row.key]), sy(row.quality)]]))}));
+    const at = sx(limit());
+    if (at >= left && at <= right) svg.append(s("line", {class: "now", x1: at, x2: at, y1: top, y2: bottom}));
+    for (const row of held) svg.append(hover(s("circle", {class: `option${latency[row.key] <= limit() ? " fits" : ""}`, cx: sx(latency[row.key]), cy: sy(row.quality), r: front.includes(row) ? 5 : 3.2, onclick: () => toggle(row.key)}),
+      `${longLabel(row.key)}: quality ${figure3(row.quality)} (n = ${whole(row.n)}), ${ms(latency[row.key])}`));
+  }, table);
+};
+
+// ---- curves ----
+const chips = [];
+const chooser = (parent) => {
+  const list = h("ul", {class: "chosen"}), select = h("select", {onchange: () => { if (select.value !== "") toggle(+select.value); select.value = ""; }},
+    h("option", {value: ""}, "add a configuration …"), ids.map((key) => h("option", {value: key}, label(key))));
+  parent.append(h("div", {class: "controls"}, h("label", {}, "Configuration", select), list));
+  chips.push(() => list.replaceChildren(...chosen.map((key, i) => h("li", {}, h("button", {type: "button", class: `s${i}`, title: "leave out", "aria-label": `leave out ${longLabel(key)}`, onclick: () => toggle(key)},
+    s("svg", {viewBox: "-6 -6 12 12", "aria-hidden": "true"}, s("path", {class: "knot", d: SHAPES[i]})), h("span", {}, data.keys[key].map((value, j) => [j ? " · " : "", bdi(value)]).flat()), " ×")))));
+};
+const drawCurve = (parent, stage, title, axis, unit) => {
+  const dots = data.judged?.dots?.[stage];
+  const held = () => chosen.map((key, i) => ({key, i, curve: data.curves[key][stage]})).filter(({curve}) => curve);
+  const table = behind(`${title}: knots of the chosen configurations`, [...data.columns.map((c) => c.name), axis, "n", "source", "P50, ms", "P95, ms"],
+    () => held().flatMap(({key, curve}) => curve.tokens.map((at, j) => [...data.keys[key].map(String), at, curve.n[j], curve.source[j], curve.p50_ms[j], curve.p95_ms[j]])));
+  chart(parent, title, () => {
+    const lacking = chosen.length - held().length;
+    return `P50 solid, P95 dashed, in ms${unit}; filled marks rest on runs, open ones do not, dotted is beyond all runs${dots ? "; dots are single runs" : ""}.${lacking ? ` ${lacking} of the chosen have no decode step.` : ""}`;
+  }, (svg, width) => {
+    const shown = held();
+    if (!shown.length) return frame(svg, width, 120, {low: 0, high: 1, ticks: [], label: axis}, {low: 0, high: 1, ticks: [], label: "nothing chosen"});
+    const rest = (curve) => curve.tokens.filter((_, j) => curve.n[j] > 0 && curve.source[j] !== "extrapolated");
+    const low = 0, high = Math.ceil(1.15 * Math.max(...shown.map(({curve}) => Math.max(curve.tokens[0], ...rest(curve)))));
+    for (const one of shown) one.curve = clipped(one.curve, high);
+    const seen = shown.flatMap(({key}) => (dots?.[key] ?? []).map(([, value]) => value)).sort((a, b) => a - b);
+    const top = Math.max(...shown.flatMap(({curve}) => curve.p95_ms), seen.length ? seen[Math.floor(0.99 * (seen.length - 1))] : 0) * 1.05;
+    const {sx, sy} = frame(svg, width, 320, {low, high, label: axis}, {low: 0, high: top, label: "ms"}, {top: 18});
+    for (const {key, i} of shown) for (const [at, value] of dots?.[key] ?? [])
+      if (at <= high && value <= top) svg.append(s("circle", {class: `dot s${i}`, cx: sx(at).toFixed(1), cy: sy(value).toFixed(1), r: 2}));
+    for (const {key, i, curve} of shown) {
+      const points = (name) => [[sx(0), sy(curve[name][0])], ...curve.tokens.map((at, j) => [sx(at), sy(curve[name][j])]), ...(curve.end ? [[sx(high), sy(curve.end[name])]] : [])];
+      const measured = curve.source.map((source) => source !== "extrapolated");
+      const from = measured.indexOf(true) + 1, to = measured.lastIndexOf(true) + 2;
+      const [p50, p95] = [points("p50_ms"), points("p95_ms")];
+      svg.append(s("path", {class: `band s${i}`, d: `${path(p50)}${path([...p95].reverse()).replace("M", "L")}z`}));
+      for (const [name, line] of [["p50", p50], ["p95", p95]]) {
+        svg.append(s("path", {class: `${name} s${i}`, d: path(line.slice(from, to))}));
+        for (const guess of [line.slice(0, from + 1), line.slice(to - 1)]) if (guess.length > 1) svg.append(s("path", {class: `${name} guess s${i}`, d: path(guess)}));
+      }
+      curve.tokens.forEach((at, j) => {
+        const open = curve.n[j] === 0 || !["measured", "calibrated"].includes(curve.source[j]);
+        svg.append(hover(s("path", {class: `knot s${i}${open ? " open" : ""}`, d: SHAPES[i], transform: `translate(${sx(at).toFixed(1)},${sy(curve.p50_ms[j]).toFixed(1)}) scale(${open ? 0.7 : 0.8})`}),
+          `${longLabel(key)}, ${whole(at)} ${axis}: P50 ${ms(curve.p50_ms[j])}, P95 ${ms(curve.p95_ms[j])}; ${curve.source[j]}, n = ${whole(curve.n[j])}`));
+      });
+    }
+  }, table);
+};
+const clipped = (curve, high) => { // a line is exact between its knots, so it may end between them
+  const last = curve.tokens.findIndex((at) => at > high);
+  if (last < 1) return curve;
+  const share = (high - curve.tokens[last - 1]) / (curve.tokens[last] - curve.tokens[last - 1]);
+  const cut = Object.fromEntries(Object.entries(curve).map(([name, values]) => [name, values.slice(0, last)]));
+  cut.end = Object.fromEntries(["p50_ms", "p95_ms"].map((name) => [name, mixed(curve[name][last - 1], curve[name][last], share)]));
+  return {...cut, high};
+};
+const drawCurves = () => {
+  const section = part("curves", "How latency grows", "Prefill is everything up to the first token. A decode step makes one token more, and attends over all tokens before it.");
+  findings(section, "curves");
+  chooser(section);
+  const row = h("div", {class: "row"});
+  section.append(row);
+  drawCurve(row, "prefill", "Prefill over prompt length", "prompt tokens", " a run");
+  drawCurve(row, "decode_step", "Decode step over KV length", "tokens in the KV cache", " a step");
+};
+
+const toggle = (key) => {
+  chosen = chosen.includes(key) ? chosen.filter((held) => held !== key) : [...chosen, key].slice(-MOST_CHOSEN);
+  redrawChosen();
+};
+const redrawChosen = () => {
+  budget.mark();
+  for (const show of chips) show();
+  for (const held of charts) held.draw();
+};
+
+const budget = drawBudget();
+drawCurves();
+document.getElementById("parts").append(...[...document.querySelectorAll("main > section")].map((section) => h("li", {}, h("a", {href: `#${section.id}`}, section.querySelector("h2").textContent))));
+budget.start();
+redrawChosen();
+let width = window.innerWidth;
+window.addEventListener("resize", () => { if (window.innerWidth !== width) { width = window.innerWidth; for (const held of charts) held.draw(); } });
+window.addEventListener("beforeprint", () => { for (const held of charts) held.draw(); });
+})();
