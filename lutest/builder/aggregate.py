@@ -20,12 +20,12 @@ def write_aggregates(
     key_columns: Sequence[KeyColumn],
     upper_rank: Callable[[int], int | None],
 ) -> None:
-    """Create the aggregates of ``accepted_runs``.
+    """Create the aggregates of ``accepted_runs``; quantiles and extremes count outliers, which will come again.
 
     Parameters
     ----------
     connection : duckdb connection
-        Holds ``accepted_runs``.
+        Holds ``accepted_runs`` and ``sound_runs``.
     quantiles : sequence of float
         Levels, each in (0, 1).
     key_columns : sequence of KeyColumn
@@ -60,8 +60,8 @@ def _quantile_columns(quantiles: Sequence[float]) -> str:
 def _moments(value: str) -> str:
     nanoseconds = f"CAST(round({value} * 1e6) AS HUGEINT)"
     return (
-        f"CAST(sum({nanoseconds}) AS DOUBLE) AS sum_ns, "
-        f"CAST(sum({nanoseconds} * {nanoseconds}) AS DOUBLE) AS sum_square_ns"
+        f"CAST(sum({nanoseconds}) FILTER (NOT outlier) AS DOUBLE) AS sum_ns, "
+        f"CAST(sum({nanoseconds} * {nanoseconds}) FILTER (NOT outlier) AS DOUBLE) AS sum_square_ns"
     )
 
 
@@ -78,13 +78,13 @@ def _write_steps(connection: duckdb.DuckDBPyConnection) -> None:
         CREATE OR REPLACE VIEW steps AS
         WITH numbered AS (
             SELECT
-                source_id, "row", key_id, prompt_tokens,
+                source_id, "row", key_id, prompt_tokens, outlier,
                 unnest(decode_steps_ms) AS step_ms,
                 unnest(coalesce(step_positions, range(1, len(decode_steps_ms) + 1)::INTEGER[])) AS position
-            FROM accepted_runs
+            FROM sound_runs
             WHERE timed
         )
-        SELECT source_id, "row", key_id, position, prompt_tokens + position AS kv_len, step_ms
+        SELECT source_id, "row", key_id, outlier, position, prompt_tokens + position AS kv_len, step_ms
         FROM numbered
         """
     )
@@ -97,15 +97,15 @@ def _write_prefill(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[fl
         WITH grouped AS (
             SELECT
                 key_id,
-                count(*) AS n_values,
+                count(*) FILTER (NOT outlier) AS n_values,
                 {_quantile_list("prefill_ms", quantiles)},
                 {_moments("prefill_ms")},
                 min(prefill_ms) AS min_ms,
                 max(prefill_ms) AS max_ms,
-                quantile_disc(prompt_tokens, 0.5) AS prompt_tokens_p50,
-                min(prompt_tokens) AS prompt_tokens_min,
-                max(prompt_tokens) AS prompt_tokens_max
-            FROM accepted_runs
+                quantile_disc(prompt_tokens, 0.5) FILTER (NOT outlier) AS prompt_tokens_p50,
+                min(prompt_tokens) FILTER (NOT outlier) AS prompt_tokens_min,
+                max(prompt_tokens) FILTER (NOT outlier) AS prompt_tokens_max
+            FROM sound_runs
             GROUP BY key_id
         )
         SELECT
@@ -137,7 +137,7 @@ def _write_decode(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[flo
         of_steps AS (
             SELECT
                 key_id,
-                count(*) AS n_values,
+                count(*) FILTER (NOT outlier) AS n_values,
                 {_quantile_list("step_ms", quantiles)},
                 {_moments("step_ms")}
             FROM steps
@@ -157,7 +157,7 @@ def _write_decode(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[flo
 def _write_upper_bounds(connection: duckdb.DuckDBPyConnection, upper_rank: Callable[[int], int | None]) -> None:
     # Steps of one run are not independent, so their bound has the rank that as many runs would give.
     for table, count, relation, value in (
-        ("prefill", "n", "accepted_runs", "prefill_ms"),
+        ("prefill", "n", "sound_runs", "prefill_ms"),
         ("decode", "n_timed", "steps", "step_ms"),
     ):
         sizes = connection.execute(

@@ -61,7 +61,7 @@ class BuildSummary:
     n_clamped : int
         Runs used whose decode was clamped at zero.
     n_kept_beyond_fences : int
-        Runs beyond the outlier fences that were kept, for they are more than 5 % of all, or of their key: a tail.
+        Runs beyond the outlier fences that were kept, for there are several of their kind: a mode, or a tail.
     fit_seconds, seconds : float
         How long fitting, and all of it, took.
     """
@@ -195,10 +195,12 @@ def _fit(
     def table(name: str) -> pd.DataFrame:
         return connection.execute(f"SELECT * FROM {name} ORDER BY ALL").df()
 
-    outliers = connection.execute("SELECT count(*) FROM rejections WHERE reason = 'outlier'").fetchone()
-    accepted = connection.execute("SELECT count(*) FROM accepted_runs").fetchone()
-    assert outliers is not None
-    assert accepted is not None
+    ((outlier_share,),) = connection.execute(
+        """
+        SELECT count(*) FILTER (rejections.reason = 'outlier' AND rejections.detail LIKE '% above %') / count(*)
+        FROM sound_runs LEFT JOIN rejections USING (source_id, "row")
+        """
+    ).fetchall()
     fitted = fit(
         FitInput(
             quantiles=quantiles,
@@ -208,7 +210,7 @@ def _fit(
             decode=table("decode"),
             run_sample=table("run_sample"),
             step_sample=table("step_sample"),
-            outlier_share=outliers[0] / (outliers[0] + accepted[0]),
+            outlier_share=outlier_share,
         )
     )
     # A mean of 0 says that every run of the key was clamped, and nothing else of its steps.

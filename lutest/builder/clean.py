@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import duckdb
 
+OUTPUT_BAND_ENDS = (1, 2, 5, 10, 20, 50)  # output tokens: bands of lengths whose runs are alike, one more beyond
 LEAST_RUNS = 12  # with fewer runs, quartiles say too little to call a run an outlier
 MOST_BINS = 8  # medians that the line over prompt length goes through
-MOST_OUTLIERS = 0.05  # share of runs above which what lies beyond the fences is the tail that P95 is about
-LEAST_TAIL = 12  # runs of one key beyond its fences that are more than chance
-LEAST_SPREAD = 0.01  # interquartile range in log units below which a key's noise is that of the clock
+# More of a key's runs beyond one fence are no accidents but a mode of the machine that comes again. Half of each cuts
+# hardly anything, twice as much cuts into what P95 is about.
+MOST_OUTLIERS, LEAST_MODE = 0.01, 3
+LEAST_SPREAD = 0.01  # of the logarithm: below, an interquartile range is the clock's, whatever its tick
 
 
 def write_accepted_runs(connection: duckdb.DuckDBPyConnection, outliers: str, k: float) -> int:
-    """Create ``rejections`` (source_id, row, reason, detail) and the view ``accepted_runs`` over ``runs``.
+    """Create ``rejections`` (source_id, row, reason, detail) and two views of ``runs``.
+
+    ``accepted_runs`` are those without a rejection, ``sound_runs`` those and the outliers.
 
     Parameters
     ----------
@@ -33,11 +37,13 @@ def write_accepted_runs(connection: duckdb.DuckDBPyConnection, outliers: str, k:
     Latency is skewed to the right: fences on the raw scale cut off the tail that P95 is about. Here they stand on
     the log scale, per key, on what is left after a line through medians over prompt length has been taken off: the
     outliers do not bend the line that they are judged by (Tukey, Exploratory Data Analysis, 1977, ch. 2 and 7).
-    Prefill is judged in every run, the mean decode step only where steps were timed: by subtraction, short outputs
-    are mostly noise, and noise is not an outlier.
-    Keys with few runs, or with most of their runs at one value of a coarse clock, are not judged. Where more than 5 %
-    of all runs lie beyond the fences, or a dozen and 5 % of a key's, they are no outliers but a second mode of the
-    machine (a busy neighbour, a hot GPU, a request that waits for another) that will come again: they are kept.
+    Prefill is judged in every run, the mean decode step only where steps were timed, and among runs of about as many
+    steps: a mean of many is calmer than one step, and lies elsewhere where some steps wait. By subtraction, short
+    outputs are mostly noise, and noise is not an outlier.
+    Fences stand no nearer than the clock's tick, counted as an interquartile range, can tell. Three runs or more, and
+    over 1 % of a key's, beyond one fence are no outliers but a mode of the machine (a busy neighbour, a hot GPU, a
+    request that waits for another): they are kept, and so is the last run of a key's output lengths or prompt lengths.
+    What is cut the fit puts back into every quantile above the median.
     """
     connection.execute(
         """
@@ -48,13 +54,18 @@ def write_accepted_runs(connection: duckdb.DuckDBPyConnection, outliers: str, k:
     _reject_duplicates(connection)
     kept = 0
     if outliers == "iqr":
-        kept += _reject_outliers(connection, "prefill_ms", "prefill_ms", "TRUE", k)
-        step = "decode_ms / (output_tokens - 1)"
-        kept += _reject_outliers(connection, "decode step", step, "timed AND decode_ms > 0", k)
+        kept += _reject_outliers(connection, "prefill_ms", "prefill_ms", "1", "0", "TRUE", k)
+        kept += _reject_outliers(
+            connection, "decode step", "decode_ms", "(output_tokens - 1)", output_band(), "timed AND decode_ms > 0", k
+        )
     connection.execute(
         """
         CREATE OR REPLACE VIEW accepted_runs AS
-        SELECT * FROM runs ANTI JOIN rejections USING (source_id, "row")
+        SELECT * FROM runs ANTI JOIN rejections USING (source_id, "row");
+        CREATE OR REPLACE VIEW sound_runs AS
+        SELECT runs.*, rejections.reason IS NOT NULL AS outlier
+        FROM runs LEFT JOIN rejections USING (source_id, "row")
+        WHERE rejections.reason IS NULL OR rejections.reason = 'outlier'
         """
     )
     return kept
@@ -100,39 +111,58 @@ def _reject_duplicates(connection: duckdb.DuckDBPyConnection) -> None:
     )
 
 
-def _reject_outliers(connection: duckdb.DuckDBPyConnection, name: str, value: str, condition: str, k: float) -> int:
+def output_band() -> str:
+    """SQL: number of the band of ``output_tokens``."""
+    return " + ".join(f"(output_tokens > {end})::INTEGER" for end in OUTPUT_BAND_ENDS)
+
+
+def _reject_outliers(
+    connection: duckdb.DuckDBPyConnection, name: str, time_ms: str, steps: str, kind: str, condition: str, k: float
+) -> int:
+    """Judge ``time_ms / steps`` among a key's runs of one `kind`; how many beyond the fences are kept."""
     connection.execute(
         f"""
         CREATE OR REPLACE TEMP TABLE judged AS
         WITH candidates AS (
-            SELECT source_id, "row", key_id, ln(1 + prompt_tokens) AS x, {value} AS value,
-                ln({value}) AS y
+            SELECT
+                source_id, "row", key_id, {kind} AS kind, ({output_band()}) AS band,
+                floor(log2(greatest(prompt_tokens, 1))) AS octave,
+                ln(1 + prompt_tokens) AS x, {time_ms} AS time_ms, time_ms / {steps} AS value, ln(value) AS y
             FROM runs ANTI JOIN rejections USING (source_id, "row")
             WHERE {condition}
+        ),
+        ticks AS (  -- times on a coarse clock are far apart or equal, but for what adding up steps leaves
+            SELECT key_id, min(gap_ms) AS tick_ms
+            FROM (
+                SELECT key_id, time_ms - lag(time_ms) OVER (PARTITION BY key_id ORDER BY time_ms) AS gap_ms, time_ms
+                FROM candidates
+            )
+            WHERE gap_ms > 1e-9 * time_ms
+            GROUP BY key_id
         ),
         binned AS (
             SELECT
                 *,
                 floor(
-                    (row_number() OVER (PARTITION BY key_id ORDER BY x, y) - 1)
-                    * least({MOST_BINS}, greatest(count(*) OVER (PARTITION BY key_id) // 8, 1))
-                    / count(*) OVER (PARTITION BY key_id)
+                    (row_number() OVER (PARTITION BY key_id, kind ORDER BY x, y) - 1)
+                    * least({MOST_BINS}, greatest(count(*) OVER (PARTITION BY key_id, kind) // 8, 1))
+                    / count(*) OVER (PARTITION BY key_id, kind)
                 ) AS bin
             FROM candidates
         ),
         medians AS (
-            SELECT key_id, median(x) AS centre, median(y) AS level
+            SELECT key_id, kind, median(x) AS centre, median(y) AS level
             FROM binned
-            GROUP BY key_id, bin
+            GROUP BY key_id, kind, bin
         ),
         centres AS (
-            SELECT key_id, centre, median(level) AS level
+            SELECT key_id, kind, centre, median(level) AS level
             FROM medians
-            GROUP BY key_id, centre
+            GROUP BY key_id, kind, centre
         ),
         segments AS (
             SELECT
-                key_id, centre, level,
+                key_id, kind, centre, level,
                 CASE WHEN lag(centre) OVER along IS NULL THEN -1 ELSE centre END AS start,
                 coalesce(
                     (lead(level) OVER along - level) / (lead(centre) OVER along - centre),
@@ -140,42 +170,38 @@ def _reject_outliers(connection: duckdb.DuckDBPyConnection, name: str, value: st
                     0
                 ) AS slope
             FROM centres
-            WINDOW along AS (PARTITION BY key_id ORDER BY centre)
+            WINDOW along AS (PARTITION BY key_id, kind ORDER BY centre)
         ),
         residuals AS (
             SELECT candidates.*, y - (level + slope * (x - centre)) AS residual
             FROM candidates ASOF JOIN segments
-                ON candidates.key_id = segments.key_id AND candidates.x >= segments.start
+                ON candidates.key_id = segments.key_id AND candidates.kind = segments.kind
+                    AND candidates.x >= segments.start
         ),
-        fences AS (
+        quartiles AS (
             SELECT
-                key_id,
-                quantile_cont(residual, 0.25) AS q1,
-                quantile_cont(residual, 0.75) AS q3,
-                $k * greatest(q3 - q1, {LEAST_SPREAD}) AS reach
+                key_id, kind, quantile_cont(residual, 0.25) AS q1, quantile_cont(residual, 0.75) AS q3
             FROM residuals
-            GROUP BY key_id
-            HAVING count(*) >= {LEAST_RUNS} AND q3 > q1
+            GROUP BY key_id, kind
+            HAVING count(*) >= {LEAST_RUNS}
+        ),
+        fenced AS (
+            SELECT
+                *,
+                $k * greatest(q3 - q1, coalesce(tick_ms, 0) / time_ms, {LEAST_SPREAD}) AS reach,
+                CASE WHEN residual < q1 - reach THEN -1 WHEN residual > q3 + reach THEN 1 ELSE 0 END AS side
+            FROM residuals JOIN quartiles USING (key_id, kind) LEFT JOIN ticks USING (key_id)
         )
         SELECT
-            *,
-            count(*) FILTER (low OR high) OVER of_key >= {LEAST_TAIL}
-                AND count(*) FILTER (low OR high) OVER of_key > {MOST_OUTLIERS} * count(*) OVER of_key AS in_tail
-        FROM (
-            SELECT source_id, "row", key_id, value, residual < q1 - reach AS low, residual > q3 + reach AS high
-            FROM residuals JOIN fences USING (key_id)
-        )
-        WINDOW of_key AS (PARTITION BY key_id)
+            source_id, "row", value, side,
+            count(*) OVER of_side >= {LEAST_MODE} AND count(*) OVER of_side > {MOST_OUTLIERS} * count(*) OVER of_key
+                OR bool_and(side <> 0) OVER (PARTITION BY key_id, band)
+                OR bool_and(side <> 0) OVER (PARTITION BY key_id, octave) AS kept
+        FROM fenced
+        WINDOW of_key AS (PARTITION BY key_id), of_side AS (PARTITION BY key_id, side)
         """,
         {"k": k},
     )
-    counts = connection.execute(
-        "SELECT count(*), count(*) FILTER (low OR high), count(*) FILTER ((low OR high) AND in_tail) FROM judged"
-    ).fetchone()
-    assert counts is not None
-    n_judged, n_beyond, n_tail = counts
-    if n_beyond > MOST_OUTLIERS * n_judged:
-        return int(n_beyond)
     connection.execute(
         f"""
         INSERT INTO rejections
@@ -184,11 +210,12 @@ def _reject_outliers(connection: duckdb.DuckDBPyConnection, name: str, value: st
             "row",
             'outlier',
             printf('{name} %.6g ms lies more than %.4g interquartile ranges ', value, $k::DOUBLE)
-            || CASE WHEN low THEN 'below' ELSE 'above' END
+            || CASE WHEN side < 0 THEN 'below' ELSE 'above' END
             || ' the quartiles of its key (log scale, at its prompt length)'
         FROM judged
-        WHERE (low OR high) AND NOT in_tail
+        WHERE side <> 0 AND NOT kept
         """,
         {"k": k},
     )
-    return int(n_tail)
+    (n_kept,) = connection.execute("SELECT count(*) FROM judged WHERE side <> 0 AND kept").fetchall()
+    return int(n_kept[0])

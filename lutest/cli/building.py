@@ -39,7 +39,7 @@ def build(arguments: argparse.Namespace) -> Answer:
         lines.append(f"  {count(summary.n_clamped, 'run')} clamped at zero decode: kept as censored from below")
     if summary.n_kept_beyond_fences:
         kept = count(summary.n_kept_beyond_fences, "run")
-        lines.append(f"  {kept} beyond the outlier fences: kept, over 5 % of all or of a key are a tail")
+        lines.append(f"  {kept} beyond the outlier fences: kept, for several of a kind are a tail")
     written = f"written to {summary.output} in {summary.seconds:.1f} s, content hash {summary.content_hash}"
     return Answer(content, [*lines, "", format_key_table(table.key_columns, keys, upper=False), "", written])
 

@@ -61,10 +61,9 @@ def calibrate_totals(
     prefill_curve: pd.DataFrame,
     decode_curve: pd.DataFrame,
     quantiles: Sequence[float],
-    outlier_share: float = 0.0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     keys = _keys(runs, prefill_curve)
     by_clock = runs if "one_pass" in runs else runs.assign(one_pass=False)
     runs_of, prefill_of, decode_of = (_numbered(frame, keys) for frame in (by_clock, prefill_curve, decode_curve))
-    decode_total, total = totals.calibrate_totals(runs_of, prefill_of, decode_of, quantiles, outlier_share)
+    decode_total, total = totals.calibrate_totals(runs_of, prefill_of, decode_of, quantiles)
     return _named(decode_total, keys), _named(total, keys)

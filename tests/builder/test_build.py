@@ -36,23 +36,25 @@ def _accounts(path: Path) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("name", ["direct", "subtraction", "serving"])
-def test_prefill_quantiles_are_those_of_the_accepted_runs(name: str, request: pytest.FixtureRequest) -> None:
+def test_prefill_quantiles_are_those_of_the_sound_runs(name: str, request: pytest.FixtureRequest) -> None:
     table: Path = request.getfixturevalue(f"{name}_table")
     runs = _query_runs(request.getfixturevalue(f"{name}_runs"))
-    rejected = _query(table, "SELECT row FROM rejected_runs")["row"]
-    accepted = runs[~runs["row"].isin(rejected)]
-    assert len(accepted) == _accounts(table)["rows_used"].sum() > 1000
+    rejected = _query(table, "SELECT row, reason FROM rejected_runs")
+    runs["outlier"] = runs["row"].isin(rejected.loc[rejected["reason"] == "outlier", "row"])
+    sound = runs[runs["outlier"] | ~runs["row"].isin(rejected["row"])]
+    assert (~sound["outlier"]).sum() == _accounts(table)["rows_used"].sum() > 1000
     key = list(lutest.load(table).key_columns)
     prefill = _query(table, "SELECT * FROM prefill").set_index(key)
-    groups = accepted.groupby(key)
+    groups = sound.groupby(key)
     assert len(groups) == len(prefill)
     for values_of_key, group in groups:
         values = group["prefill_ms"].to_numpy()
+        accepted = values[~group["outlier"]]
         row = prefill.loc[values_of_key]
-        assert row["n"] == len(values)
+        assert row["n"] == len(accepted)
         np.testing.assert_allclose(
             [row["p50_ms"], row["p95_ms"], row["mean_ms"], row["std_ms"]],
-            [*np.quantile(values, [0.5, 0.95]), values.mean(), values.std(ddof=1)],
+            [*np.quantile(values, [0.5, 0.95]), accepted.mean(), accepted.std(ddof=1)],
             rtol=1e-9,
         )
         assert (row["min_ms"], row["max_ms"]) == (values.min(), values.max())
@@ -62,16 +64,19 @@ def test_prefill_quantiles_are_those_of_the_accepted_runs(name: str, request: py
 def test_decode_quantiles_are_those_of_the_timed_steps(name: str, request: pytest.FixtureRequest) -> None:
     table: Path = request.getfixturevalue(f"{name}_table")
     runs = _query_runs(request.getfixturevalue(f"{name}_runs"))
-    accepted = runs[~runs["row"].isin(_query(table, "SELECT row FROM rejected_runs")["row"])]
+    rejected = _query(table, "SELECT row, reason FROM rejected_runs")
+    runs["outlier"] = runs["row"].isin(rejected.loc[rejected["reason"] == "outlier", "row"])
+    sound = runs[runs["outlier"] | ~runs["row"].isin(rejected["row"])]
     key = list(lutest.load(table).key_columns)
     decode = _query(table, "SELECT * FROM decode").set_index(key)
-    for values_of_key, group in accepted[accepted["output_tokens"] >= 2].groupby(key):
-        steps = np.concatenate(group["decode_steps_ms"].to_list())
+    for values_of_key, group in sound[sound["output_tokens"] >= 2].groupby(key):
+        used = group[~group["outlier"]]
+        steps, all_steps = (np.concatenate(held["decode_steps_ms"].to_list()) for held in (used, group))
         row = decode.loc[values_of_key]
-        assert (row["n"], row["n_steps"], row["steps"]) == (len(group), len(steps), "timed")
+        assert (row["n"], row["n_steps"], row["steps"]) == (len(used), len(steps), "timed")
         np.testing.assert_allclose(
             [row["p50_ms"], row["p95_ms"], row["mean_ms"], row["std_ms"]],
-            [*np.quantile(steps, [0.5, 0.95]), steps.mean(), steps.std(ddof=1)],
+            [*np.quantile(all_steps, [0.5, 0.95]), steps.mean(), steps.std(ddof=1)],
             rtol=1e-9,
         )
 
@@ -322,6 +327,41 @@ class TestOutliers:
         assert (summary.rejected["outlier"], summary.n_kept_beyond_fences) == (1, 25)
         prefill = _query(summary.output, "SELECT p95_ms FROM prefill WHERE num_blocks = 3").iat[0, 0]
         assert prefill == np.quantile(frame.loc[frame["num_blocks"] == 3, "prefill_ms"], 0.95)
+
+    def test_no_length_band_is_lost(self, tmp_path: Path) -> None:
+        """Most steps take a tick, some wait: means of several steps lie where hardly any single step does."""
+        chance = np.random.default_rng(11)
+        lengths = [2] * 200 + [20] * 6
+        runs = [
+            _one(prefill_ms=50 + chance.integers(9), output_tokens=n, decode_steps_ms=(25 + 100 * waits).tolist())
+            for n in lengths
+            if (waits := chance.random(n - 1) < 0.02 + 0.3 * (n > 2)) is not None
+        ]
+        frame = pd.DataFrame(runs).drop(columns="decode_ms")
+        frame.loc[len(frame) - 1, ["prompt_tokens", "prefill_ms"]] = [30_000, 9000.0]  # the only one of its length
+        output = build(runs=frame, output=tmp_path / "t.duckdb").output
+        rejected = _query(output, "SELECT row, output_tokens, prompt_tokens FROM rejected_runs")
+        assert not (rejected["output_tokens"] > 2).any()
+        assert lutest.load(output)["low", 4, 12].total_ms(100, 20) > 25 * 19 * 1.5
+
+    def test_what_is_cut_comes_back_in_every_p95(self, tmp_path: Path) -> None:
+        frames = [
+            self._lognormal(100, seed=40 + blocks, sigma=0.02).assign(num_blocks=blocks, output_tokens=3)
+            for blocks in range(1, 9)
+        ]
+        frame = pd.concat(frames).reset_index(drop=True)
+        noise = np.exp(np.random.default_rng(4).uniform(-0.1, 0.1, (len(frame), 2)))
+        frame = frame.drop(columns="decode_ms").assign(decode_steps_ms=list(20 * noise))
+        slow = frame.index % 100 < 2  # two of each hundred
+        frame.loc[slow, "prefill_ms"] *= 5
+        cut = build(runs=frame, output=tmp_path / "cut.duckdb")
+        assert cut.rejected == {"outlier": slow.sum()}
+        bare = build(runs=frame[~slow], output=tmp_path / "bare.duckdb")
+        held, others = (lutest.load(built.output)["low", 4, 5] for built in (cut, bare))
+        assert held.prefill_p95_ms > others.prefill_p95_ms
+        for verb, lengths in (("prefill_ms", (500,)), ("decode_step_ms", (500,)), ("total_ms", (500, 3))):
+            assert getattr(held, verb)(*lengths, 0.95) > getattr(others, verb)(*lengths, 0.95)
+            assert getattr(held, verb)(*lengths, 0.5) == pytest.approx(getattr(others, verb)(*lengths, 0.5), rel=1e-9)
 
     def test_few_runs_are_not_judged(self, tmp_path: Path) -> None:
         frame = pd.DataFrame([_one(prefill_ms=value) for value in (50.01, 50.02, 50.03, 900.01)])

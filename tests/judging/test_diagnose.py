@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pytest
@@ -232,11 +233,22 @@ def test_duplicates(healthy: pd.DataFrame) -> None:
 
 def test_outliers(healthy: pd.DataFrame) -> None:
     slow = healthy.copy()
-    slow.loc[::24, "prefill_ms"] *= 20
+    slow.loc[::60, "prefill_ms"] *= 20
     found = finding("outliers", slow)
     assert found.severity == "note"
-    assert found.figures["n_slow"] == 10
+    assert found.figures["n_slow"] == 4
     assert found.figures["n_fast"] == 0
+
+
+def test_a_coarse_clock_makes_no_outliers(direct_runs: Path) -> None:
+    runs = duckdb.execute("SELECT * EXCLUDE (decode_steps_ms) FROM read_parquet(?)", [str(direct_runs)]).df()
+    shares = []
+    for tick in (1e-9, 1.0, 5.0, 10.0):
+        rounded = {name: (runs[name] / tick).round() * tick for name in ("prefill_ms", "decode_ms")}
+        shares.append(finding("outliers", runs.assign(**rounded)).figures["share"])
+    assert max(shares) - shares[0] <= 0.0025
+    ticks = constant_step_runs(lengths=[8] * 100).assign(prefill_ms=[20.0] * 90 + [21.0] * 6 + [22.0] * 4)
+    assert finding("outliers", ticks).figures["n_outliers"] == 0  # a range of no tick between the quartiles
 
 
 def test_too_many_for_outliers_are_kept(healthy: pd.DataFrame) -> None:

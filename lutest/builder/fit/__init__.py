@@ -63,8 +63,10 @@ in [0, 1] is read off the spread of the keys' mean residuals.
 
 A total is P50 + sqrt(a² + d² + 2·c·a·d), a and d what the quantiles of prefill and decode lie above their medians
 (mirrored below). The correlation c of a level is the least with which a share q of all runs stays under, drawn to the
-plain correlation, which is right at every level for elliptical distributions. Levels above 0.5 are raised by the
-share of the runs that were left out as outliers, as there will be more.
+plain correlation, which is right at every level for elliptical distributions.
+
+Levels above 0.5 are raised by the share of the runs that were left out as slow outliers, of steps, prefill and totals
+alike, as there will be more; plain quantiles of a sample count outliers.
 
 What it assumes, and when it fails
 ----------------------------------
@@ -108,7 +110,7 @@ from lutest.builder.fit.observations import KeyAxes, read_key_axes
 from lutest.builder.fit.step_recovery import recover_step_curve
 from lutest.builder.fit.totals import calibrate_totals
 from lutest.reader.figures import KeyColumn
-from lutest.reader.names import quantile_column
+from lutest.reader.names import quantile_column, quantile_suffix
 
 _LEAST_STEP = 1e-9  # of the median prefill: steps are fitted on the log scale, and a coarse clock reads 0
 
@@ -130,7 +132,7 @@ class FitInput:
     run_sample, step_sample : DataFrame
         Runs, and timed steps of whole runs. ``one_pass``: decode is total less prefill of one and the same pass.
     outlier_share : float
-        Share of the sound runs that were left out as outliers.
+        Share of the sound runs that were left out as outliers, slow ones.
     """
 
     quantiles: Sequence[float]
@@ -193,11 +195,17 @@ def fit(data: FitInput) -> Fitted:
     steps["step_ms"] = steps["step_ms"].clip(lower=_LEAST_STEP)
     columns = [quantile_column(q) for q in data.quantiles]
     axes = read_key_axes(data.keys, data.key_columns)
-    prefill_curve = fit_prefill_curve(runs, axes, data.quantiles)
-    decode_curve = _decode_curve(runs, steps, axes, data.quantiles)
-    decode_total, total = calibrate_totals(
-        runs, prefill_curve, decode_curve, data.quantiles, outlier_share=data.outlier_share
-    )
+    # Slow outliers were left out, and there will be more: level q of all runs is q / (1 - share) of those left.
+    share = data.outlier_share
+    levels = [q if q <= 0.5 else min(q / (1 - share), (1 + q) / 2) for q in data.quantiles]
+    curves = fit_prefill_curve(runs, axes, levels), _decode_curve(runs, steps, axes, levels)
+    found = (*curves, *calibrate_totals(runs, *curves, levels))
+    names = {
+        f"{quantile_suffix(level)}_{what}": f"{quantile_suffix(q)}_{what}"
+        for level, q in zip(levels, data.quantiles, strict=True)
+        for what in ("ms", "ratio", "correlation")
+    }
+    prefill_curve, decode_curve, decode_total, total = (frame.rename(columns=names) for frame in found)
     prefill_curve = _divided(prefill_curve, columns, 1 / unit_ms)
     decode_curve = _with_sums(_divided(decode_curve, columns, 1 / unit_ms))
     decode = _with_recovered_quantiles(data.decode, decode_curve, data.quantiles)

@@ -23,7 +23,6 @@ def calibrate_totals(
     prefill_curve: pd.DataFrame,
     decode_curve: pd.DataFrame,
     quantiles: Sequence[float],
-    outlier_share: float = 0.0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Calibrate quantiles of ``decode_ms`` and ``total_ms`` on whole runs.
 
@@ -36,9 +35,6 @@ def calibrate_totals(
         Knots of the fitted curves, as in the tables of the same names (``p50_sum_ms`` is not read).
     quantiles : sequence of float
         Levels, ascending, 0.5 among them.
-    outlier_share : float, optional
-        Share of the runs that were left out as outliers. Nearly all of them are slow, and there will be more: level q
-        of all runs is level q / (1 - share) of those that are left, for q above 0.5.
 
     Returns
     -------
@@ -52,7 +48,6 @@ def calibrate_totals(
         `prefill_curve`.
     """
     levels = np.asarray(quantiles, dtype=float)
-    sought = np.where(levels > 0.5, np.minimum(levels / (1 - outlier_share), (1 + levels) / 2), levels)
     keys = _runs_of_keys(run_sample, prefill_curve, decode_curve, levels)
     ratio_columns = [f"{quantile_suffix(q)}_ratio" for q in levels]
     correlation_columns = [f"{quantile_suffix(q)}_correlation" for q in levels]
@@ -63,10 +58,10 @@ def calibrate_totals(
         if not part:
             continue
         knots = _knots(part)
-        ratios, inflation = decode_ratios(part, knots, sought)
+        ratios, inflation = decode_ratios(part, knots, levels)
         tables = [_rows(key, knots, own, levels) for key, own in zip(part, ratios, strict=True)]
         final = np.stack([table[ratio_columns].to_numpy(float) for table in tables])
-        found = _total_correlations(part, final, knots, inflation, sought)
+        found = _total_correlations(part, final, knots, inflation, levels)
         correlations.update({key.key_id: found for key in part})
         rows.extend(tables)
     columns = ["key_id", "decode_steps", "n", *ratio_columns, "source"]
