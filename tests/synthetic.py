@@ -49,6 +49,9 @@ def make_key(key: tuple[str, int, int]) -> KeyFigures:
         key=key,
         prefill=Summary(70, tuple(f * middle for f in FACTORS), 1.6 * middle, 1.1 * middle),
         prompt_tokens_p50=prompts[len(prompts) // 2],
+        prompt_tokens_min=1,  # so that nothing is out of reach
+        prompt_tokens_max=9999,
+        vision_tokens_p50=None,
         prefill_curve=prefill,
         decode=Summary(60, tuple(f * steps.values_ms[1][0] for f in FACTORS), None, steps.values_ms[1][0]),
         n_decode_steps=900,
@@ -123,7 +126,7 @@ def write_file(figures: Figures, path: Path) -> Path:
     for held in figures.keys:
         key = tuple(held.key)
         s = held.prefill
-        extent = (held.prompt_tokens_p50, 1, 9999)
+        extent = (held.prompt_tokens_p50, held.prompt_tokens_min, held.prompt_tokens_max, held.vision_tokens_p50)
         rows["prefill"].append((*key, s.n, *s.quantiles_ms, s.p95_upper_ms, s.mean_ms, 1.0, 0.1, 99.0, *extent))
         for j, x in enumerate(held.prefill_curve.at):
             curve = held.prefill_curve

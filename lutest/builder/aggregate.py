@@ -91,6 +91,7 @@ def _write_steps(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _write_prefill(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> None:
+    vision = "coalesce(prompt_tokens - text_tokens, vision_tokens)"
     connection.execute(
         f"""
         CREATE OR REPLACE TABLE prefill AS
@@ -104,14 +105,16 @@ def _write_prefill(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[fl
                 max(prefill_ms) AS max_ms,
                 quantile_disc(prompt_tokens, 0.5) FILTER (NOT outlier) AS prompt_tokens_p50,
                 min(prompt_tokens) FILTER (NOT outlier) AS prompt_tokens_min,
-                max(prompt_tokens) FILTER (NOT outlier) AS prompt_tokens_max
+                max(prompt_tokens) FILTER (NOT outlier) AS prompt_tokens_max,
+                -- all but the text: what the configuration itself adds to a prompt
+                CASE WHEN count({vision}) = count(*) THEN quantile_disc({vision}, 0.5) END AS vision_tokens_p50
             FROM sound_runs
             GROUP BY key_id
         )
         SELECT
             key_id, n_values AS n, {_quantile_columns(quantiles)}, NULL::DOUBLE AS p95_upper_ms,
             sum_ns / n_values / 1e6 AS mean_ms, {_STD}, min_ms, max_ms,
-            prompt_tokens_p50, prompt_tokens_min, prompt_tokens_max
+            prompt_tokens_p50, prompt_tokens_min, prompt_tokens_max, vision_tokens_p50
         FROM grouped
         """
     )

@@ -64,7 +64,7 @@ def write_calibrated_rows(
         places = list(frame[keys + at].itertuples(index=False, name=None))
         frame[changed] = np.array([values[name][place] for place in places]).reshape(len(frame), len(changed))
         if "source" in frame:
-            frame["source"] = CALIBRATED
+            frame["source"] = frame["source"].where(frame["source"] == "extrapolated", CALIBRATED)
         if name in _STAGES:  # figures that are no quantiles: means and extremes are mapped as a P50 is
             stages = [getattr(maps[place], _STAGES[name]) for place in places]
             for column in frame.columns.intersection(["mean_ms", "min_ms", "max_ms"]):

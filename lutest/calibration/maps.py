@@ -116,7 +116,8 @@ def mapped_key(figures: KeyFigures, maps: KeyMaps, median: int) -> KeyFigures:
 
 def _mapped_curve(curve: Curve, stage: StageMap, median: int, source: str) -> Curve:
     values_ms = _mapped_rows(curve.values_ms, stage, median, stage.p50_ms)
-    return Curve(curve.at, values_ms, curve.n, (source,) * len(curve.at))
+    sources = tuple(held if held == "extrapolated" else source for held in curve.source)
+    return Curve(curve.at, values_ms, curve.n, sources)
 
 
 def _mapped_rows(

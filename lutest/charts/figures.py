@@ -45,9 +45,10 @@ def totals(table: LatencyTable, place: int, common: tuple[Sequence[int], Sequenc
     Returns
     -------
     dict
-        ``prompts``, ``outputs``: the lengths, increasing; ``own_ms``: totals at each quantile of the table and output
-        length, as measured, no prompt length given; ``ms``: at each quantile, prompt and output length; ``error``: the
-        largest relative error of interpolation that was met.
+        ``prompts``, ``outputs``: the lengths, increasing; ``reach``: least and largest prompt length that searches take
+        an answer for; ``own_ms``: totals at each quantile of the table and output length, as measured, no prompt length
+        given; ``ms``: at each quantile, prompt and output length; ``error``: the largest relative error of
+        interpolation that was met.
     """
     figures = table.figures.keys[place]
     knots = figures.decode_total.decode_steps if figures.decode_total else ()
@@ -60,6 +61,7 @@ def totals(table: LatencyTable, place: int, common: tuple[Sequence[int], Sequenc
     kept = outputs[of_outputs]
     return {
         "prompts": prompts[of_prompts].tolist(),
+        "reach": figures.reach,
         "outputs": kept.tolist(),
         "own_ms": np.stack([table.batch.total_ms(ids, None, kept, q) for q in table.quantiles]),
         "ms": ms[:, of_prompts][:, :, of_outputs],

@@ -52,6 +52,7 @@ const totalOf = (key, prompt, output, q) => {
   const [low, high, share] = between(held.outputs, output);
   const along = (row) => mixed(row[low], row[high], share);
   if (prompt === null) return along(held.own_ms[q]);
+  if (prompt < held.reach[0] || prompt > held.reach[1]) return null; // no run was near
   const [below, above, part] = between(held.prompts, prompt);
   return mixed(along(held.ms[q][below]), along(held.ms[q][above]), part);
 };
@@ -195,7 +196,7 @@ const drawBudget = () => {
       const name = share === null ? "none" : share <= 0.5 ? "f0" : share <= 0.8 ? "f1" : share <= 1 ? "f2" : share <= 1.25 ? "o0" : share <= 2 ? "o1" : "o2";
       if (cell.button.className !== `cell ${name}`) cell.button.className = `cell ${name}`;
       cell.value.textContent = `${fits ? "✓ " : ""}${figure3(latency[key])}`;
-      cell.button.title = `${longLabel(key)}: ${what()} ${latency[key] === null ? "not known, no run had a decode step" : ms(latency[key])}, ${fits ? "fits" : "does not fit"}; n = ${whole(data.n[key])} runs`;
+      cell.button.title = `${longLabel(key)}: ${what()} ${latency[key] === null ? "not known: no run had a decode step, or was near this prompt length" : ms(latency[key])}, ${fits ? "fits" : "does not fit"}; n = ${whole(data.n[key])} runs`;
       cell.button.setAttribute("aria-label", cell.button.title);
     }
     const text = `${fitting} of ${ids.length} configurations fit ${ms(asked.budget)}`;

@@ -147,7 +147,7 @@ def page_content(table: LatencyTable) -> dict[str, Any]:
             "chosen": list(dict.fromkeys([order[0], order[len(order) // 2], order[-1]])),
         },
         "error": max(one["error"] for one in held),
-        "totals": [{name: one[name] for name in ("prompts", "outputs", "own_ms", "ms")} for one in held],
+        "totals": [{name: one[name] for name in ("prompts", "reach", "outputs", "own_ms", "ms")} for one in held],
         "curves": [{stage: curve(table[key], stage) for stage in ("prefill", "decode_step")} for key in table.keys],
         "quality": quality,
         "lengths": {workload: list(map(list, pairs)) for workload, pairs in table.output_lengths.items()},

@@ -64,6 +64,9 @@ def add_runs(parser: argparse.ArgumentParser) -> None:
 
 
 TABLE = argument("table", metavar="TABLE", help="table file")
+TEXT_TOKENS = argument(
+    "--text-tokens", type=int, metavar="T", help="text alone: each configuration adds the vision tokens of its runs"
+)
 JSON = argument("--json", action="store_true", help="print JSON")
 
 

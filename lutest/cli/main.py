@@ -6,13 +6,14 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
 from lutest.cli import building, calibrating, drawing, judging, reading
 from lutest.cli.arguments import Verb
 from lutest.cli.printing import one_line, print_json
-from lutest.reader.errors import LutestError
+from lutest.reader.errors import LutestError, LutestWarning
 
 VERBS = {
     held.name: held
@@ -50,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = VERBS[_parser().parse_args(given[:1]).command]
     arguments = _parser_of(verb).parse_intermixed_args(given[1:])  # options may stand between runs
     try:
-        answer = verb.run(arguments)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", LutestWarning)
+            answer = verb.run(arguments)
+        for warning in said:
+            print(f"lutest: warning: {one_line(warning.message)}", file=sys.stderr)
         if answer is not None and arguments.json:
             print_json(answer.content)
         elif answer is not None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lutest
-from lutest.cli.arguments import JSON, TABLE, Answer, argument, given_key, given_prompt_tokens, verb
+from lutest.cli.arguments import JSON, TABLE, TEXT_TOKENS, Answer, argument, given_key, given_prompt_tokens, verb
 from lutest.cli.printing import fitted_table, format_table, one_line, print_json, unique_names
 from lutest.judging.finding import count
 from lutest.reader.errors import ArgumentError
@@ -94,6 +94,7 @@ def count_runs(sources: Sequence[Mapping[str, Any]]) -> str:
     TABLE,
     argument("key", nargs="*", metavar="VALUE", help="the configuration: a value for each key column, in their order"),
     argument("--prompt-tokens", type=int, metavar="P", help="vision + text tokens (default: as measured)"),
+    TEXT_TOKENS,
     argument("--output-tokens", type=int, default=1, metavar="N", help="output tokens (default: 1, no decode)"),
     argument("--budget-ms", type=float, metavar="B", help="also: how many output tokens fit"),
     argument("-q", type=float, metavar="Q", help="quantile (default: 0.5, and 0.95 for what fits a budget)"),
@@ -104,11 +105,16 @@ def lookup(arguments: argparse.Namespace) -> Answer:
     """Estimate one configuration, part by part."""
     table = lutest.load(arguments.table, missing=arguments.missing)
     entry = table.lookup(*given_key(table, arguments.key))
+    prompt = arguments.prompt_tokens
+    if arguments.text_tokens is not None:
+        if prompt is not None:
+            raise ArgumentError("--prompt-tokens and --text-tokens: allowed is one of the two")
+        prompt = entry.prompt_tokens(arguments.text_tokens)
     q = {} if arguments.q is None else {"q": arguments.q}
-    explanation = entry.explain(arguments.prompt_tokens, arguments.output_tokens, **q)
+    explanation = entry.explain(prompt, arguments.output_tokens, **q)
     content, lines = explanation.as_dict(), list(map(one_line, str(explanation).split("\n")))
     if arguments.budget_ms is not None:
-        fitting = entry.max_output_tokens(arguments.budget_ms, arguments.prompt_tokens, **q)
+        fitting = entry.max_output_tokens(arguments.budget_ms, prompt, **q)
         content.update(budget_ms=arguments.budget_ms, max_output_tokens=fitting)
         at = f"at q = {q.get('q', _BUDGET_Q):g}"
         lines.append(f"  {arguments.budget_ms:g} ms fit {count(fitting, 'output token')} {at}")
@@ -125,6 +131,7 @@ def lookup(arguments: argparse.Namespace) -> Answer:
         help="vision + text tokens, or those of each value of a key column: low=150,high=510 or users:1=99,64=200 "
         "(default: as measured)",
     ),
+    TEXT_TOKENS,
     argument("--output-tokens", type=int, metavar="N", help="known output tokens: totals must fit"),
     argument("--prefill-share", type=float, default=0.8, metavar="S", help="of the budget (default: 0.8)"),
     argument("-q", type=float, metavar="Q", help="quantile of the table (default: 0.95)"),
@@ -138,7 +145,17 @@ def feasible(arguments: argparse.Namespace) -> Answer:
     """List configurations that fit a budget."""
     table = lutest.load(arguments.table)
     prompt_tokens = given_prompt_tokens(table, arguments.prompt_tokens)
-    names = ("budget_ms", "output_tokens", "prefill_share", "q", "margin", "p_at_least", "by", "workload")
+    names = (
+        "budget_ms",
+        "text_tokens",
+        "output_tokens",
+        "prefill_share",
+        "q",
+        "margin",
+        "p_at_least",
+        "by",
+        "workload",
+    )
     options = {name: getattr(arguments, name) for name in names}
     keys = table.feasible(prompt_tokens=prompt_tokens, **options)
     budget_ms, workload = arguments.budget_ms, arguments.workload
@@ -149,6 +166,8 @@ def feasible(arguments: argparse.Namespace) -> Answer:
         if isinstance(prompt, dict):
             ((column, lengths),) = prompt.items()
             prompt = lengths[key[table.key_columns.index(column)]]
+        if arguments.text_tokens is not None:
+            prompt = entry.prompt_tokens(arguments.text_tokens)
         record = {**dict(zip(table.key_columns, key, strict=True)), "n": entry.n}
         record["prefill_ms"] = entry.prefill_ms(prompt, q)
         if arguments.output_tokens is not None:
@@ -157,6 +176,7 @@ def feasible(arguments: argparse.Namespace) -> Answer:
             record["p_within"] = entry.p_within(budget_ms, prompt, workload)
         if arguments.by is not None:
             record["expected_total_ms"] = entry.expected_total_ms(prompt, workload)
+        record["source"] = entry.source_at(prompt, arguments.output_tokens or 1)
         found.append(record)
     content = {"budget_ms": budget_ms, "q": q, "feasible": found}
     condition, n = _condition(arguments, q), count(len(table.keys), "configuration")

@@ -62,7 +62,8 @@ class _Checker:
 
     def figures(self) -> Figures:
         columns = ("n", "p95_upper_ms", "mean_ms", *map(quantile_column, self.quantiles))
-        prefill = self.one_per_key("prefill", ("prompt_tokens_p50", *columns))
+        prompts = ("prompt_tokens_p50", "prompt_tokens_min", "prompt_tokens_max")
+        prefill = self.one_per_key("prefill", (*prompts, "vision_tokens_p50", *columns))
         decode = self.one_per_key("decode", ("n_steps", *columns))
         if not prefill:
             self.fail("prefill", None, "holds no configuration")
@@ -85,8 +86,11 @@ class _Checker:
         keys = [
             KeyFigures(
                 key=key,
-                prefill=self.summary("prefill", key, row[1:]),
-                prompt_tokens_p50=self.count("prefill", key, "prompt_tokens_p50", row[0], 0),
+                prefill=self.summary("prefill", key, row[4:]),
+                prompt_tokens_p50=self.count("prefill", key, prompts[0], row[0], 0),
+                prompt_tokens_min=self.count("prefill", key, prompts[1], row[1], 0),
+                prompt_tokens_max=self.count("prefill", key, prompts[2], row[2], row[1]),
+                vision_tokens_p50=row[3] and self.count("prefill", key, "vision_tokens_p50", row[3], 0),
                 prefill_curve=prefill_curves[key],
                 decode=self.summary("decode", key, decode[key][1:]) if key in decode else None,
                 n_decode_steps=self.count("decode", key, "n_steps", decode[key][0], 1) if key in decode else 0,

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 from lutest.reader.arguments import MAX_TOKENS, positive_ms, quantile_index, whole_number
 from lutest.reader.curves import by_length, key_pieces, sum_to, value_at
-from lutest.reader.errors import NoDecodeDataError
-from lutest.reader.explanation import Explanation, explained
+from lutest.reader.errors import ArgumentError, NoDecodeDataError
+from lutest.reader.explanation import Explanation, evidence, explained
 from lutest.reader.figures import KeyColumn, KeyFigures, Unchanging, described_key
 from lutest.reader.lengths import Lengths, lengths_of, levels_of, mean_over_lengths, share_within
 
@@ -44,6 +44,9 @@ class Entry(Unchanging):
         Accepted runs; 0 for a configuration that was filled in from its neighbours.
     source : str
         ``measured``, ``calibrated``, or how it was filled in: ``interpolated``, ``extrapolated``.
+    reach : tuple of float
+        Least and largest prompt length that searches and rewards take an answer for: half of the least and twice the
+        largest of the configuration's own runs. Beyond, an answer here is a guess.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Entry(Unchanging):
         self._figures, self._quantiles, self._columns, self._lengths = figures, quantiles, key_columns, lengths or {}
         self._pieces, self._levels, self._own_prefill = pieces, levels, dict(zip(quantiles, prefill, strict=True))
         curve = pieces.prefill
+        self.reach = figures.reach
         self._prefill = {q: (curve.starts, curve.values[i], curve.slopes[i]) for i, q in enumerate(quantiles)}
         self._made = True
 
@@ -105,6 +109,30 @@ class Entry(Unchanging):
         from lutest.reader.rows import curve_rows
 
         return curve_rows(self._figures, self._quantiles)
+
+    def prompt_tokens(self, text_tokens: int) -> int:
+        """Vision + text tokens of a prompt with this text: the median of what its runs had beside the text is added.
+
+        Raises
+        ------
+        ArgumentError
+            No whole number of 0 or more, or the runs of the table do not hold vision and text tokens apart.
+        """
+        text, own = whole_number("text_tokens", text_tokens, 0), self._figures.vision_tokens_p50
+        if own is None:
+            raise ArgumentError(
+                f"text_tokens is {text}, but the runs of {described_key(self._columns, self.key)} do not hold vision "
+                "and text tokens apart: give prompt_tokens, vision and text together"
+            )
+        return own + text
+
+    def source_at(self, prompt_tokens: int | None = None, output_tokens: int = 1) -> str:
+        """What the total at these lengths rests on: ``measured``, ``calibrated``, ``interpolated`` or ``extrapolated``.
+
+        Parameters and errors as in `total_ms`.
+        """
+        prompt, n, _ = self._checked(prompt_tokens, output_tokens, 0.5)
+        return evidence(self._figures, prompt, n)[2].source
 
     def prefill_ms(self, prompt_tokens: int | None = None, q: float = 0.5) -> float:
         """Prefill latency: everything up to the first token.

@@ -33,5 +33,9 @@ class UnknownKeyError(LutestError, KeyError):
     __str__ = Exception.__str__  # KeyError would print the repr of the message
 
 
+class LutestWarning(UserWarning):
+    """What an answer leaves out, or takes for something else than it was called."""
+
+
 class NoDecodeDataError(LutestError, ValueError):
     """All runs of a configuration have one token, so nothing is known of its decode steps."""

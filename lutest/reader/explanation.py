@@ -39,7 +39,7 @@ class Explanation:
 
     `key` maps the names of the key columns to the configuration's values. `decode_step` is the first step, None where
     no run had one; `fill_error` how far off a configuration is that was filled in, None for a measured one; `mixed`
-    which models and devices the table mixes, where it does.
+    which models and devices the table mixes, where it does; `out_of_reach` why searches and rewards leave it out.
     """
 
     key: dict[str, str | int | float]
@@ -52,6 +52,7 @@ class Explanation:
     total: Part
     fill_error: FillError | None = None
     mixed: str = ""
+    out_of_reach: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, ready for JSON."""
@@ -76,6 +77,8 @@ class Explanation:
             lines.append(
                 f"  not measured: P50 off by {' and '.join(known) or 'nobody knows how much'}, by leaving keys out"
             )
+        if self.out_of_reach:
+            lines.append(f"  left out by searches and rewards: {self.out_of_reach}")
         if self.mixed:
             lines.append(f"  of runs that are mixed: {self.mixed}")
         return "\n".join(lines)
@@ -100,27 +103,34 @@ def explained(
 ) -> Explanation:
     """The estimates of a request (prompt tokens, output tokens, quantile), each with what it rests on."""
     prompt, n, q = request
-    start = figures.prompt_tokens_p50 if prompt is None else prompt
-    behind_prefill = _Evidence(figures.prefill.n, figures.source)
-    if prompt is not None:
-        behind_prefill = _on_curve(figures.prefill_curve, prompt, prompt, figures.source)
-    behind_decode, behind_total, step = _Evidence(figures.prefill.n, figures.source), behind_prefill, None
-    curve, ratios = figures.decode_curve, figures.decode_total
-    if figures.decode is not None and curve is not None and ratios is not None and step_ms is not None:
-        behind_step = _on_curve(curve, start + 1, start + 1, figures.source)
+    behind_prefill, behind_decode, behind_total = evidence(figures, prompt, n)
+    step = None
+    if figures.decode is not None and figures.decode_curve is not None and step_ms is not None:
+        first = (figures.prompt_tokens_p50 if prompt is None else prompt) + 1
+        behind_step = _on_curve(figures.decode_curve, first, first, figures.source)
         step = Part(step_ms, *behind_step, figures.decode.p95_upper_ms)
-        if n > 1:
-            knots, outside = _support(ratios.decode_steps, ratios.n, n - 1, n - 1)
-            beyond = outside and len(ratios.n) > 1  # a single ratio stands for all lengths
-            on_the_way = _on_curve(curve, start + 1, start + n - 1, figures.source).source
-            source = _worst(on_the_way, "extrapolated" if beyond else "measured")
-            behind_decode = _Evidence(sum(ratios.n[j] for j in knots), source)
-            worst = _worst(behind_prefill.source, behind_decode.source)
-            behind_total = _Evidence(min(behind_prefill.n, behind_decode.n), worst)
     named = dict(zip((column.name for column in key_columns), figures.key, strict=True))
     prefill = Part(prefill_ms, *behind_prefill, figures.prefill.p95_upper_ms)
     decode, total = Part(decode_ms, *behind_decode), Part(total_ms, *behind_total)
-    return Explanation(named, prompt, n, q, prefill, step, decode, total, figures.fill_error, figures.mixed)
+    least, most = figures.reach
+    far = "" if prompt is None or least <= prompt <= most else figures.out_of_reach(prompt)
+    return Explanation(named, prompt, n, q, prefill, step, decode, total, figures.fill_error, figures.mixed, far)
+
+
+def evidence(figures: KeyFigures, prompt: int | None, n: int) -> tuple[_Evidence, _Evidence, _Evidence]:
+    """What prefill, decode and total of `n` tokens rest on."""
+    start = figures.prompt_tokens_p50 if prompt is None else prompt
+    own = _Evidence(figures.prefill.n, figures.source)
+    prefill = own if prompt is None else _on_curve(figures.prefill_curve, prompt, prompt, figures.source)
+    curve, ratios = figures.decode_curve, figures.decode_total
+    if curve is None or ratios is None or n == 1:
+        return prefill, own, prefill
+    knots, outside = _support(ratios.decode_steps, ratios.n, n - 1, n - 1)
+    beyond = outside and len(ratios.n) > 1  # a single ratio stands for all lengths
+    on_the_way = _on_curve(curve, start + 1, start + n - 1, figures.source).source
+    source = _worst(on_the_way, "extrapolated" if beyond else "measured")
+    decode = _Evidence(sum(ratios.n[j] for j in knots), source)
+    return prefill, decode, _Evidence(min(prefill.n, decode.n), _worst(prefill.source, source))
 
 
 def _on_curve(curve: Curve, low: int, high: int, source: str) -> _Evidence:

@@ -10,6 +10,10 @@ from typing import Literal, NamedTuple, TypeAlias
 Key: TypeAlias = tuple[str | int | float, ...]
 
 
+# A configuration is taken for known from the least prompt length of its runs over this, up to the largest times this.
+REACH = 2.0
+
+
 class Unchanging:
     """Whatever is set in ``__init__``, up to `_made`, stays as it is."""
 
@@ -106,12 +110,16 @@ class FillError:
 class KeyFigures:
     """Everything that a table says of one configuration; the decode parts are None where no run had a step.
 
-    `mixed` names the models and devices whose runs the table mixes, where somebody asked for that.
+    `vision_tokens_p50` is what it adds to a text, None where its runs do not hold the two apart. `mixed` names the
+    models and devices whose runs the table mixes, where somebody asked for that.
     """
 
     key: Key
     prefill: Summary
     prompt_tokens_p50: int
+    prompt_tokens_min: int
+    prompt_tokens_max: int
+    vision_tokens_p50: int | None
     prefill_curve: Curve
     decode: Summary | None
     n_decode_steps: int
@@ -121,6 +129,22 @@ class KeyFigures:
     source: str = "measured"
     fill_error: FillError | None = None
     mixed: str = ""
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """Least and largest prompt length that searches and rewards take an answer for."""
+        return self.prompt_tokens_min / REACH, self.prompt_tokens_max * REACH
+
+    def out_of_reach(self, prompt_tokens: int) -> str:
+        """What is wrong with a prompt length beyond `reach`, and how to ask instead."""
+        short = prompt_tokens < self.prompt_tokens_min
+        measured = f"{self.prompt_tokens_min} to {self.prompt_tokens_max}"
+        instead = "" if self.vision_tokens_p50 is None else f", or give the text alone, text_tokens={prompt_tokens}"
+        return (
+            f"prompt_tokens={prompt_tokens} is {'less than half' if short else 'more than twice'} of what it was "
+            f"measured at, {measured}: prompt_tokens counts vision and text, and each configuration takes its own"
+            + (instead if short else "; measure such lengths")
+        )
 
 
 @dataclass(frozen=True)

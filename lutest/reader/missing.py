@@ -58,6 +58,7 @@ def interpolate_key(figures: Figures, key: Key) -> KeyFigures:
     source = "interpolated" if inside else "extrapolated"
     median = figures.quantiles.index(0.5)
     prompts = [held.prompt_tokens_p50 for held in neighbours]
+    visions: list[Any] = [held.vision_tokens_p50 for held in neighbours]
     pieces = [key_pieces(held, median) for held in neighbours]
     mix = _Mix(named, _weights(places, at), median)
     prefill_error = _left_out_error(
@@ -66,7 +67,10 @@ def interpolate_key(figures: Figures, key: Key) -> KeyFigures:
     filled = KeyFigures(
         key=key,
         prefill=mix.summary([held.prefill for held in neighbours]),
-        prompt_tokens_p50=round(min(max(float(mix.weights @ prompts), min(prompts)), max(prompts))),
+        prompt_tokens_p50=mix.tokens(prompts),
+        prompt_tokens_min=min(held.prompt_tokens_min for held in neighbours),
+        prompt_tokens_max=max(held.prompt_tokens_max for held in neighbours),
+        vision_tokens_p50=None if None in visions else mix.tokens(visions),
         prefill_curve=mix.curve([held.prefill for held in pieces], source),
         decode=None,
         n_decode_steps=0,
@@ -149,6 +153,9 @@ class _Mix:
             raise UnknownKeyError(f"{self.named} is too far from anything measured")
         filled: Floats = np.exp(combined)
         return filled
+
+    def tokens(self, held: Sequence[int]) -> int:
+        return round(min(max(float(self.weights @ np.array(held)), min(held)), max(held)))
 
     def summary(self, held: Sequence[Summary]) -> Summary:
         quantiles = self.combined([summary.quantiles_ms for summary in held], self.median)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lutest.reader.arguments import named_key, not_measured, positive_ms, quantile_index, real_number, whole_number
-from lutest.reader.errors import ArgumentError, NoDecodeDataError
+from lutest.reader.errors import ArgumentError, LutestWarning, NoDecodeDataError
 from lutest.reader.figures import Key, KeyColumn, Quality
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Option:
         Runs behind the quality; None for one that the caller gave.
     lower, upper : float or None
         95 % confidence interval of the quality, where it is known.
+    source : str
+        What the latency rests on, at these lengths: ``measured``, ``calibrated``, ``interpolated``, ``extrapolated``.
     """
 
     key: Key
@@ -47,6 +50,7 @@ class Option:
     n: int | None = None
     lower: float | None = None
     upper: float | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class _Asked:
 
     table: LatencyTable
     prompt_tokens: PromptTokens | None
+    text_tokens: int | None
     output_tokens: int | None
     q: float | None
     p_at_least: float | None
@@ -73,6 +78,10 @@ class _Asked:
             )
         if self.p_at_least is not None and not 0.0 < self.p_at_least < 1.0:
             raise ArgumentError(f"p_at_least is {self.p_at_least!r}; allowed: above 0 and below 1")
+        if self.prompt_tokens is not None and self.text_tokens is not None:
+            raise ArgumentError(
+                f"prompt_tokens={self.prompt_tokens!r} and text_tokens={self.text_tokens!r}; allowed: one of the two"
+            )
         quantile_index(self.table.quantiles, self.level)
         if self.output_tokens is not None:
             whole_number("output_tokens", self.output_tokens, 1)
@@ -89,12 +98,18 @@ class _Asked:
     def latencies(
         self, budget_ms: float = math.inf, prefill_share: float = 1.0, margin: float = 0.0
     ) -> dict[Key, float]:
-        """Prefill, or the total where something is said of the output, of what fits the budget and can be said."""
-        prompts = _prompt_lengths(self.table.figures.key_columns, self.table.keys, self.prompt_tokens)
+        """Prefill, or the total where something is said of the output, of what fits the budget and can be said.
+
+        What was never measured near its prompt length is left out, with a warning that says so.
+        """
+        prompts = self.prompts()
         limit_ms = budget_ms / (1.0 + margin)
-        found = {}
+        found, far = {}, []
         for key in self.table.keys:
             entry, prompt = self.table[key], prompts[key]
+            if prompt is not None and not entry.reach[0] <= prompt <= entry.reach[1]:
+                far.append(key)
+                continue
             with contextlib.suppress(NoDecodeDataError):
                 if self.output_tokens is not None:
                     ms = entry.total_ms(prompt, self.output_tokens, self.level)
@@ -109,18 +124,38 @@ class _Asked:
                     fits = ms <= limit_ms * (prefill_share if of_prefill else 1.0)
                 if fits:
                     found[key] = ms
+        if far:
+            held = next(held for held in self.table.figures.keys if held.key == far[0])
+            warnings.warn(
+                f"left out {len(far)} of {len(self.table)} configurations, such as {far[0]!r}: "
+                + held.out_of_reach(prompts[far[0]] or 0),
+                LutestWarning,
+                stacklevel=3,
+            )
         return found
+
+    def prompts(self) -> Mapping[Key, int | None]:
+        """Prompt length of each configuration, all of them checked."""
+        if self.text_tokens is not None:
+            return {key: self.table[key].prompt_tokens(self.text_tokens) for key in self.table.keys}
+        return _prompt_lengths(self.table.figures.key_columns, self.table.keys, self.prompt_tokens)
+
+    def sourced(self, option: Option, prompts: Mapping[Key, int | None]) -> Option:
+        """The option with what its latency rests on."""
+        source = self.table[option.key].source_at(prompts[option.key], self.output_tokens or 1)
+        return replace(option, source=source)
 
 
 def feasible(
     table: LatencyTable,
     budget_ms: float,
+    *,
     prompt_tokens: PromptTokens | None = None,
+    text_tokens: int | None = None,
     output_tokens: int | None = None,
     prefill_share: float = 0.8,
     q: float | None = None,
     margin: float = 0.0,
-    *,
     p_at_least: float | None = None,
     by: By | None = None,
     workload: str | None = None,
@@ -132,10 +167,13 @@ def feasible(
     budget_ms : float
         Finite, above 0.
     prompt_tokens : int, mapping or callable, optional
-        One request has another prompt length in every configuration: a number for all; a mapping from the values of
-        one key column, such as ``{"low": 150, "high": 510}``, or from keys; a callable of the key. Where the
-        values are found in two columns, name one: ``{"users": {1: 150, 64: 150}}``. Left out: each configuration's
-        own prefill quantiles.
+        Vision and text together, another one in every configuration for the same request: a number for all; a
+        mapping from the values of one key column, such as ``{"low": 150, "high": 510}``, or from keys; a callable of
+        the key. Where the values are found in two columns, name one: ``{"users": {1: 150, 64: 150}}``. Left out: each
+        configuration's own prefill quantiles.
+    text_tokens : int, optional
+        In place of `prompt_tokens`: the text alone, to which each configuration adds the vision tokens of its own
+        runs (see `Entry.prompt_tokens`).
     output_tokens : int, optional
         Given: the total must fit. Left out: prefill must fit its share.
     prefill_share : float
@@ -155,7 +193,8 @@ def feasible(
     Returns
     -------
     list of tuple
-        In the order of `keys`. One without decode figures is left out where they are needed.
+        In the order of `keys`. One without decode figures is left out where they are needed, and so is one that was
+        never measured near its prompt length (see `Entry.reach`), with a `LutestWarning`.
 
     Raises
     ------
@@ -163,21 +202,22 @@ def feasible(
         Also where `p_at_least`, `by` and `q` or `output_tokens` stand beside each other, and where a mapping of
         prompt lengths misses a measured value.
     """
-    asked = _Asked(table, prompt_tokens, output_tokens, q, p_at_least, by, workload)
+    asked = _Asked(table, prompt_tokens, text_tokens, output_tokens, q, p_at_least, by, workload)
     return list(asked.latencies(*_checked_budget(budget_ms, prefill_share, margin)))
 
 
 def best(
     table: LatencyTable,
     budget_ms: float,
+    *,
     prompt_tokens: PromptTokens | None = None,
+    text_tokens: int | None = None,
     output_tokens: int | None = None,
     prefill_share: float = 0.8,
     q: float | None = None,
     margin: float = 0.0,
     quality: Mapping[Any, float] | None = None,
     workload: str | None = None,
-    *,
     p_at_least: float | None = None,
     by: By | None = None,
 ) -> Option | None:
@@ -185,7 +225,7 @@ def best(
 
     Parameters
     ----------
-    budget_ms, prompt_tokens, output_tokens, prefill_share, q, margin, p_at_least, by
+    budget_ms, prompt_tokens, text_tokens, output_tokens, prefill_share, q, margin, p_at_least, by
         As in `feasible`.
     quality : mapping, optional
         Key → number, higher is better; only these configurations are looked at. Left out: the table's own
@@ -206,20 +246,22 @@ def best(
     UnknownKeyError
         A configuration of `quality` was not measured.
     """
-    asked = _Asked(table, prompt_tokens, output_tokens, q, p_at_least, by, workload)
+    asked = _Asked(table, prompt_tokens, text_tokens, output_tokens, q, p_at_least, by, workload)
     latencies = asked.latencies(*_checked_budget(budget_ms, prefill_share, margin))
     options = _options(asked, latencies, quality)
-    return min(options, key=lambda option: (-option.quality, option.latency_ms), default=None)
+    found = min(options, key=lambda option: (-option.quality, option.latency_ms), default=None)
+    return found and asked.sourced(found, asked.prompts())
 
 
 def frontier(
     table: LatencyTable,
+    *,
     prompt_tokens: PromptTokens | None = None,
+    text_tokens: int | None = None,
     output_tokens: int | None = None,
     q: float | None = None,
     quality: Mapping[Any, float] | None = None,
     workload: str | None = None,
-    *,
     by: By | None = None,
 ) -> list[Option]:
     """The configurations that are worth choosing: no other is as fast and better, or faster and as good.
@@ -232,12 +274,13 @@ def frontier(
     list of Option
         By rising latency, and so by rising quality.
     """
-    asked = _Asked(table, prompt_tokens, output_tokens, q, None, by, workload)
+    asked = _Asked(table, prompt_tokens, text_tokens, output_tokens, q, None, by, workload)
     front: list[Option] = []
     for option in sorted(_options(asked, asked.latencies(), quality), key=lambda o: (o.latency_ms, -o.quality)):
         if not front or option.quality > front[-1].quality:
             front.append(option)
-    return front
+    prompts = asked.prompts()
+    return [asked.sourced(option, prompts) for option in front]
 
 
 def _options(asked: _Asked, latencies: Mapping[Key, float], quality: Mapping[Any, float] | None) -> list[Option]:

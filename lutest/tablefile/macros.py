@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import duckdb
 
-from lutest.reader.figures import KeyColumn
+from lutest.reader.figures import REACH, KeyColumn
 from lutest.reader.lengths import levels_of
 from lutest.reader.names import literal, quantile_suffix, quote
 from lutest.reader.search import BUDGET_QUANTILE
@@ -81,7 +81,10 @@ class _Sql:
 
     def views(self) -> list[Object]:
         own = ", ".join(f"o.{suffix}_ms, 0.0" for suffix in self.suffixes)
-        all_prompts = f" UNION ALL SELECT {self.renamed('o')}, NULL, NULL, NULL, {own} FROM prefill AS o"
+        alike = " AND ".join(f"c.{key} = o.{key}" for key in self.keys)
+        rank = f"SELECT 1 + bool_or(c.source = 'calibrated')::INTEGER FROM prefill_curve AS c WHERE {alike}"
+        own = f"{self.renamed('o')}, NULL, NULL, NULL, {own}, ({rank}), NULL"
+        all_prompts = f" UNION ALL SELECT {own} FROM prefill AS o"
         prefill = self._segments("prefill_curve", "prompt_tokens", "ms", carries_on=True) + all_prompts
         decode = self._segments("decode_curve", "kv_len", "ms", "c.p50_sum_ms AS sum_start", carries_on=True)
         ratio = self._segments("decode_total", "decode_steps", "ratio", carries_on=False)
@@ -98,7 +101,7 @@ class _Sql:
 
     def _segments(self, table: str, place: str, unit: str, *extra: str, carries_on: bool) -> str:
         """One row per segment [first_at, stop) of a piecewise-linear curve; the last one has no stop."""
-        columns, last = [], "0"
+        columns, last, rank = [], "0", f"list_position({_SOURCES}, c.source)"
         for suffix in self.suffixes:
             value = f"c.{suffix}_{unit}"
             before = f"({value} - lag({value}) OVER along) / (c.{place} - lag(c.{place}) OVER along)"
@@ -112,14 +115,16 @@ class _Sql:
                 CASE WHEN lag(c.{place}) OVER along IS NULL THEN 0 ELSE c.{place} END AS first_at,
                 c.{place} AS start,
                 lead(c.{place}) OVER along AS stop,
-                {", ".join([*columns, *extra])}
+                {", ".join(columns)},
+                {rank} AS rank,
+                lead({rank}) OVER along AS stop_rank{"".join(f", {column}" for column in extra)}
             FROM {table} AS c
             WINDOW along AS (PARTITION BY {self.of("c")} ORDER BY c.{place})
         """
 
     def _key_figures(self) -> str:
         return f""" AS
-            SELECT {self.renamed("p")}, p.prompt_tokens_p50 AS median_prompt,
+            SELECT {self.renamed("p")}, p.prompt_tokens_p50 AS median_prompt, p.vision_tokens_p50 AS own_vision,
                 {", ".join(f"coalesce(t.{s}_correlation, 0) AS {s}_correlation" for s in self.suffixes)}
             FROM prefill AS p LEFT JOIN total AS t ON {" AND ".join(f"t.{key} = p.{key}" for key in self.keys)}
         """
@@ -199,6 +204,13 @@ class _Sql:
             *self._estimate("total_ms", run, q, self._total_ms(), "Quantile q of prefill + decode, ms"),
             *self._estimate("p_within", ("budget_ms",), of_runs, self._p_within(), within),
             *self._estimate("expected_total_ms", (), of_runs, self._expected_total_ms(), mean),
+            *self._estimate("source_at", run, {}, self._source_at(), "What a total rests on, of the words in source"),
+            (
+                "MACRO",
+                "known",
+                _KNOWN,
+                "The value; an error where it is NULL, as estimates of unknown configurations are",
+            ),
         ]
 
     def _estimate(
@@ -242,6 +254,23 @@ class _Sql:
         }
         total = _total("prefill_q", "ratio_q", "correlation", "t.side")
         return f"SELECT {total} FROM ({_select(parts)} FROM {x} {self._known('k', 'p', 'a', 'b', 'r')}) AS t"
+
+    def _source_at(self) -> str:
+        """The worst source of the knots that a total rests on, beyond the outermost of them extrapolated."""
+        x = self._asked(prompt="prompt_tokens", tokens="output_tokens")
+        low, high = "coalesce(x.prompt, k.median_prompt) + 1", "coalesce(x.prompt, k.median_prompt) + x.tokens - 1"
+        on_the_way = f"{self.same('s', 'x')} AND s.first_at <= {high} AND (s.stop > {low} OR s.stop IS NULL)"
+        outside = "x.tokens - 1 < r.start OR (r.stop IS NULL AND r.first_at > 0 AND x.tokens - 1 > r.start)"
+        return f"""
+            SELECT ({_SOURCES})[max(w.rank)] FROM (
+                SELECT {_worst("p", "x.prompt", "x.prompt")} AS rank FROM {x} {self._known("p")}
+                UNION ALL
+                SELECT {_worst("s", low, high)} FROM {x} {self._known("k")} JOIN decode_segments AS s ON {on_the_way}
+                WHERE x.tokens > 1
+                UNION ALL
+                SELECT CASE WHEN {outside} THEN 4 END FROM {x} {self._known("r")} WHERE x.tokens > 1
+            ) AS w
+        """
 
     def _over_lengths(self, **asked: str) -> str:
         """A row per output length, ``w``: its runs, what was asked, and totals at the levels, which do not fall."""
@@ -314,7 +343,8 @@ class _Sql:
     def searches(self) -> list[Object]:
         defaults = (
             f"prompt_tokens := NULL, output_tokens := NULL, prefill_share := {PREFILL_SHARE!r}, q := NULL"
-            ', margin := 0.0, prompt_tokens_by := NULL, p_at_least := NULL, "by" := NULL, workload := NULL'
+            ", margin := 0.0, prompt_tokens_by := NULL, text_tokens := NULL, p_at_least := NULL"
+            ', "by" := NULL, workload := NULL'
         )
         parameters = f"(budget_ms, {defaults}) AS TABLE"
         passed_on = ", ".join("{0} := {0}".format(default.split(" := ")[0]) for default in defaults.split(", "))
@@ -335,7 +365,7 @@ class _Sql:
         nowhere = literal(f"prompt_tokens_by maps values of none of the key columns {names}")
         name_one = literal(", of which name one, as in MAP {'users': MAP {1: 150}}")
         matches = "CASE WHEN v.number IS NULL THEN v.value = g.value ELSE v.number = TRY_CAST(g.value AS DOUBLE) END"
-        return f"""(prompt_tokens, prompt_tokens_by) AS TABLE
+        return f"""(prompt_tokens, prompt_tokens_by, text_tokens) AS TABLE
             WITH by_column AS (
                 SELECT unnest(map_entries(TRY_CAST(prompt_tokens_by AS MAP(VARCHAR, MAP(VARCHAR, VARCHAR))))) AS pair
             ),
@@ -357,8 +387,13 @@ class _Sql:
             SELECT
                 {self.numbered("v")},
                 CASE
+                    WHEN (prompt_tokens IS NOT NULL)::INTEGER + (prompt_tokens_by IS NOT NULL)::INTEGER
+                        + (text_tokens IS NOT NULL)::INTEGER > 1
+                        THEN error('give one of prompt_tokens, prompt_tokens_by and text_tokens')
+                    WHEN text_tokens IS NOT NULL AND k.own_vision IS NULL
+                        THEN error('the runs do not hold vision and text tokens apart: give prompt_tokens')
+                    WHEN text_tokens IS NOT NULL THEN k.own_vision + text_tokens
                     WHEN prompt_tokens_by IS NULL THEN prompt_tokens
-                    WHEN prompt_tokens IS NOT NULL THEN error('give prompt_tokens or prompt_tokens_by, not both')
                     WHEN f.n = 0 THEN error({nowhere})
                     WHEN f.n > 1 THEN error('prompt_tokens_by maps values of ' || f.names || {name_one})
                     WHEN TRY_CAST(g.tokens AS BIGINT) IS NULL THEN
@@ -367,6 +402,7 @@ class _Sql:
                 END AS prompt
             FROM key_values AS v
             JOIN found AS f ON v.place = coalesce(f.place, 1)
+            JOIN key_figures AS k ON {self.same("k", "v")}
             LEFT JOIN given AS g ON {matches}
         """
 
@@ -375,21 +411,24 @@ class _Sql:
         level = f"coalesce(q, {BUDGET_QUANTILE!r})"
         excluding = literal("allowed is one of p_at_least, by := 'expected', and q with or without output_tokens")
         return f"""
-            WITH r AS MATERIALIZED (SELECT p.* FROM prompt_lengths(prompt_tokens, prompt_tokens_by) AS p)
-            SELECT c.*, a.latency_ms
+            WITH r AS MATERIALIZED (SELECT p.* FROM prompt_lengths(prompt_tokens, prompt_tokens_by, text_tokens) AS p)
+            SELECT c.*, a.latency_ms, source_at({self.of("c")}, a.prompt, coalesce(output_tokens, 1)) AS source
             FROM configs AS c
             JOIN (
-                SELECT {key}, prefill_ms({key}, r.prompt, {level}) AS latency_ms, prefill_share * budget_ms AS limit_ms
+                SELECT
+                    {key}, r.prompt, prefill_ms({key}, r.prompt, {level}) AS latency_ms,
+                    prefill_share * budget_ms AS limit_ms
                 FROM r WHERE output_tokens IS NULL AND p_at_least IS NULL AND "by" IS NULL
                 UNION ALL
-                SELECT {key}, total_ms({key}, r.prompt, output_tokens, {level}), budget_ms
+                SELECT {key}, r.prompt, total_ms({key}, r.prompt, output_tokens, {level}), budget_ms
                 FROM r WHERE output_tokens IS NOT NULL
                 UNION ALL
-                SELECT {key}, expected_total_ms({key}, r.prompt, workload), budget_ms
+                SELECT {key}, r.prompt, expected_total_ms({key}, r.prompt, workload), budget_ms
                 FROM r WHERE "by" IS NOT NULL
                 UNION ALL
                 SELECT
                     {key},
+                    r.prompt,
                     expected_total_ms({key}, r.prompt, workload),
                     CASE
                         WHEN p_within({key}, budget_ms / (1 + margin), r.prompt, workload) >= p_at_least
@@ -405,6 +444,8 @@ class _Sql:
                     WHEN (p_at_least IS NOT NULL)::INTEGER + ("by" IS NOT NULL)::INTEGER
                         + (q IS NOT NULL OR output_tokens IS NOT NULL)::INTEGER > 1 THEN error({excluding})
                     ELSE a.latency_ms * (1 + margin) <= a.limit_ms
+                        AND (a.prompt IS NULL
+                            OR a.prompt BETWEEN c.prompt_tokens_min / {REACH} AND c.prompt_tokens_max * {REACH})
                 END
             ORDER BY {self.of("c")}
         """
@@ -433,6 +474,33 @@ class _Sql:
             ORDER BY s.accuracy DESC, f.latency_ms, {self.of("f")}
             LIMIT 1
         """
+
+
+_SOURCES = "['measured', 'calibrated', 'interpolated', 'extrapolated']"  # by rank
+_KNOWN = """(value) AS
+    CASE
+        WHEN value IS NULL THEN error(
+            'NULL: not a configuration of this table, or nothing is known of it there; it has '
+            || (
+                SELECT string_agg(h.name || ' ' || h.held, '; ' ORDER BY h.place)
+                FROM (
+                    SELECT v.place, v.name, string_agg(DISTINCT v.value, ', ' ORDER BY v.value) AS held
+                    FROM key_values AS v GROUP BY v.place, v.name
+                ) AS h
+            )
+        )
+        ELSE value
+    END
+"""
+
+
+def _worst(alias: str, low: str, high: str) -> str:
+    """Rank of the worst source of what holds on low … high within a segment."""
+    before, after = f"{alias}.first_at = 0 AND {low} < {alias}.start", f"{high} > {alias}.start"
+    return (
+        f"greatest({alias}.rank, CASE WHEN {after} THEN coalesce({alias}.stop_rank, 4) ELSE 1 END, "
+        f"CASE WHEN {before} THEN 4 ELSE 1 END)"
+    )
 
 
 def _select(columns: Mapping[str, str]) -> str:

@@ -33,6 +33,8 @@ prefill ({key}): Prefill latency (vision + projector + LLM prefill) per configur
     prompt_tokens_p50 BIGINT: Median prompt_tokens: stands in for a prompt length not given
     prompt_tokens_min BIGINT: Least prompt_tokens
     prompt_tokens_max BIGINT: Largest prompt_tokens
+    vision_tokens_p50 BIGINT: Median of prompt_tokens less text tokens, which the configuration adds to a text; NULL
+        where the runs do not hold them apart
 prefill_curve ({key}, prompt_tokens): Prefill latency over prompt length: knots of a piecewise-linear curve
     {key}
     prompt_tokens BIGINT: Vision + text tokens in the KV cache after prefill
@@ -163,7 +165,7 @@ MOST_KEY_COLUMNS = 8
 # What a view and searches say of a configuration, and what macros and methods call their arguments.
 _TAKEN = (
     "accuracy", "budget_ms", "by", "latency_ms", "margin", "missing", "n_decode_runs", "n_decode_steps",
-    "output_tokens", "p_at_least", "prefill_share", "prompt_tokens_by", "q", "quality", "self",
+    "output_tokens", "p_at_least", "prefill_share", "prompt_tokens_by", "q", "quality", "self", "text_tokens",
 )  # fmt: skip
 _OF_A_QUANTILE = re.compile(r"(prefill_|decode_step_)?p\d+(_\d+)?_(upper_ms|ms|ratio|correlation)")
 

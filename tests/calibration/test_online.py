@@ -80,7 +80,7 @@ def test_a_corrected_entry_has_all_verbs_and_says_so(
     ):
         assert one == pytest.approx(other, rel=5e-3)
     feasible = [key for key in table.keys if calibrator[key].total_ms(100, 8, 0.95) <= 80.0]
-    assert corrected.feasible(80.0, 100, 8) == feasible
+    assert corrected.feasible(80.0, prompt_tokens=100, output_tokens=8) == feasible
     assert 0 < len(feasible) < len(table.keys)
 
 

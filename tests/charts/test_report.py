@@ -108,6 +108,8 @@ def test_what_fits_is_what_the_table_finds(direct_table: Path, direct_page: Page
                 fitting = [
                     key
                     for place, key in enumerate(direct_page.configurations())
+                    for least, most in [direct_page.data["totals"][place]["reach"]]
+                    if prompt is None or least <= prompt <= most
                     if direct_page.total_ms(place, prompt, output or 1, tail) <= budget * share
                 ]
                 assert fitting == table.feasible(budget, prompt_tokens=prompt, output_tokens=output)

@@ -251,12 +251,12 @@ def test_a_table_has_the_key_that_it_has(serving_table: Path, printed: Printed) 
     table = lutest.load(serving_table)
     expected = table["H100", 2, 64].explain(100, 1, 0.5)
     assert printed("lookup", serving_table, "H100", 2, "64.0", "--prompt-tokens", 100) == f"{expected}\n"
-    found = printed.json("feasible", serving_table, 500, "--prompt-tokens", "A100=300,H100=100")["feasible"]
+    found = printed.json("feasible", serving_table, 500, "--prompt-tokens", "A100=40,H100=30")["feasible"]
     keys = [(key["gpu"], key["n_gpus"], key["users"]) for key in found]
-    assert keys == list(table.feasible(500, prompt_tokens={"A100": 300, "H100": 100}))
+    assert keys == list(table.feasible(500, prompt_tokens={"A100": 40, "H100": 30}))
     assert 0 < len(keys) < len(table.keys)
     assert [key["prefill_ms"] for key in found] == [
-        table[key].prefill_ms(300 if key[0] == "A100" else 100, 0.95) for key in keys
+        table[key].prefill_ms(40 if key[0] == "A100" else 30, 0.95) for key in keys
     ]
 
 
@@ -268,10 +268,10 @@ def test_feasible_lists_what_the_reader_finds(direct_table: Path, printed: Print
         (("--output-tokens", 8), table.feasible(700, output_tokens=8)),
         (("--prompt-tokens", 300, "-q", 0.5), table.feasible(700, prompt_tokens=300, q=0.5)),
         (("--prefill-share", 0.5, "--margin", 0.1), table.feasible(700, prefill_share=0.5, margin=0.1)),
-        (("--prompt-tokens", "tier:low=100,medium=300,high=500"), table.feasible(700, by_tier)),
-        (("--prompt-tokens", "low=100,medium=300,high=500,ultra=900"), table.feasible(700, by_tier)),
+        (("--prompt-tokens", "tier:low=100,medium=300,high=500"), table.feasible(700, prompt_tokens=by_tier)),
+        (("--prompt-tokens", "low=100,medium=300,high=500,ultra=900"), table.feasible(700, prompt_tokens=by_tier)),
         (("--p-at-least", 0.4), table.feasible(700, p_at_least=0.4)),
-        (("--by", "expected", "--prompt-tokens", 200), table.feasible(700, 200, by="expected")),
+        (("--by", "expected", "--prompt-tokens", 200), table.feasible(700, prompt_tokens=200, by="expected")),
     ):
         found = printed.json("feasible", direct_table, 700, *options)["feasible"]
         assert [(key["tier"], key["top_k"], key["num_blocks"]) for key in found] == list(expected)

@@ -23,8 +23,10 @@ tokens = st.one_of(st.none(), st.integers(1, 60))
 def test_the_best_fits_and_nothing_that_fits_is_better(
     budget: float, n: int | None, quality: dict[Key, float], margin: float
 ) -> None:
-    best = TABLE.best(budget, 120, n, margin=margin, quality=quality)
-    fitting = [key for key in TABLE.feasible(budget, 120, n, margin=margin) if key in quality]
+    best = TABLE.best(budget, prompt_tokens=120, output_tokens=n, margin=margin, quality=quality)
+    fitting = [
+        key for key in TABLE.feasible(budget, prompt_tokens=120, output_tokens=n, margin=margin) if key in quality
+    ]
     if best is None:
         assert fitting == []
         return
@@ -37,7 +39,7 @@ def test_the_best_fits_and_nothing_that_fits_is_better(
 @given(tokens, worth)
 def test_the_front_is_what_nothing_beats(n: int | None, quality: dict[Key, float]) -> None:
     known = {key: latency(key, n) for key in quality if key != NO_DECODE or n in (None, 1)}
-    front = TABLE.frontier(120, n, quality=quality)
+    front = TABLE.frontier(prompt_tokens=120, output_tokens=n, quality=quality)
     for option in front:
         assert (option.latency_ms, option.quality) == (known[option.key], quality[option.key])
         assert (option.n, option.lower, option.upper) == (None, None, None)
@@ -68,19 +70,19 @@ def test_quality_from_the_runs_brings_its_interval() -> None:
 def test_if_nothing_fits_there_is_no_answer() -> None:
     assert TABLE.best(1e-3) is None
     assert TABLE.best(1e-3, quality={("high", 4, 12): 1.0}) is None
-    assert TABLE.best(1e9, 50, 2, quality={NO_DECODE: 1.0}) is None
-    assert TABLE.frontier(50, 2, quality={NO_DECODE: 1.0}) == []
+    assert TABLE.best(1e9, prompt_tokens=50, output_tokens=2, quality={NO_DECODE: 1.0}) is None
+    assert TABLE.frontier(prompt_tokens=50, output_tokens=2, quality={NO_DECODE: 1.0}) == []
 
 
 def test_a_budget_just_below_the_estimate_is_not_met() -> None:
     quality = {("low", 4, 16): 1.0}
     total = TABLE["low", 4, 16].total_ms(90, 9, 0.99)
-    assert TABLE.best(total, 90, 9, q=0.99, quality=quality) is not None
-    assert TABLE.best(total * 0.999999, 90, 9, q=0.99, quality=quality) is None
-    assert TABLE.best(total, 90, 9, q=0.99, quality=quality, margin=1e-6) is None
+    assert TABLE.best(total, prompt_tokens=90, output_tokens=9, q=0.99, quality=quality) is not None
+    assert TABLE.best(total * 0.999999, prompt_tokens=90, output_tokens=9, q=0.99, quality=quality) is None
+    assert TABLE.best(total, prompt_tokens=90, output_tokens=9, q=0.99, quality=quality, margin=1e-6) is None
     prefill = TABLE["low", 4, 16].prefill_ms(90, 0.95)
-    assert TABLE.best(prefill / 0.25 * 1.000001, 90, prefill_share=0.25, quality=quality) is not None
-    assert TABLE.best(prefill / 0.25 * 0.999999, 90, prefill_share=0.25, quality=quality) is None
+    assert TABLE.best(prefill / 0.25 * 1.000001, prompt_tokens=90, prefill_share=0.25, quality=quality) is not None
+    assert TABLE.best(prefill / 0.25 * 0.999999, prompt_tokens=90, prefill_share=0.25, quality=quality) is None
 
 
 def test_workloads_are_not_mixed() -> None:
@@ -150,14 +152,14 @@ TIERS = {"low": 150, "medium": 300, "high": 510}
 def test_every_configuration_has_its_own_prompt_length() -> None:
     by_tier = [key for key in TABLE if TABLE[key].prefill_ms(TIERS[str(key[0])], 0.95) <= 0.8 * 120.0]
     assert 0 < len(by_tier) < len(TABLE)
-    assert TABLE.feasible(120.0, TIERS) == by_tier
-    assert TABLE.feasible(120.0, {"tier": TIERS}) == by_tier
-    assert TABLE.feasible(120.0, {key: TIERS[str(key[0])] for key in TABLE}) == by_tier
-    assert TABLE.feasible(120.0, lambda key: TIERS[str(key[0])]) == by_tier
-    best = TABLE.best(1e6, TIERS, 4, quality={("low", 4, 12): 0.5, ("high", 4, 12): 0.7})
+    assert TABLE.feasible(120.0, prompt_tokens=TIERS) == by_tier
+    assert TABLE.feasible(120.0, prompt_tokens={"tier": TIERS}) == by_tier
+    assert TABLE.feasible(120.0, prompt_tokens={key: TIERS[str(key[0])] for key in TABLE}) == by_tier
+    assert TABLE.feasible(120.0, prompt_tokens=lambda key: TIERS[str(key[0])]) == by_tier
+    best = TABLE.best(1e6, prompt_tokens=TIERS, output_tokens=4, quality={("low", 4, 12): 0.5, ("high", 4, 12): 0.7})
     assert best is not None
     assert (best.key, best.latency_ms) == (("high", 4, 12), TABLE["high", 4, 12].total_ms(510, 4, 0.95))
-    front = TABLE.frontier(TIERS, quality=dict.fromkeys(TABLE, 1.0))
+    front = TABLE.frontier(prompt_tokens=TIERS, quality=dict.fromkeys(TABLE, 1.0))
     assert [option.latency_ms for option in front] == [min(TABLE[k].prefill_ms(TIERS[str(k[0])], 0.95) for k in TABLE)]
 
 
@@ -174,7 +176,7 @@ def test_every_configuration_has_its_own_prompt_length() -> None:
 )
 def test_prompt_lengths_that_do_not_fit_the_table(prompt_tokens: Any, said: str) -> None:
     with pytest.raises(ArgumentError, match=said):
-        TABLE.feasible(100.0, prompt_tokens)
+        TABLE.feasible(100.0, prompt_tokens=prompt_tokens)
 
 
 def test_values_of_two_columns_want_the_column_named() -> None:
@@ -182,17 +184,17 @@ def test_values_of_two_columns_want_the_column_named() -> None:
     held = [replace(key, key=(key.key[0], 16, key.key[2])) for key in TABLE.figures.keys if key.key[1] == 8]
     table = LatencyTable(replace(TABLE.figures, key_columns=columns, keys=tuple(held), qualities=()))
     with pytest.raises(ArgumentError, match=r"are found in b, c; name the column: \{'b': \{…\}\}"):
-        table.feasible(100.0, {12: 50, 16: 60})
+        table.feasible(100.0, prompt_tokens={12: 50, 16: 60})
     by_c = [key for key in table if table[key].prefill_ms({12: 50, 16: 60}[int(key[2])], 0.95) <= 80.0]
-    assert table.feasible(100.0, {"c": {12: 50, 16: 60}}) == by_c != []
+    assert table.feasible(100.0, prompt_tokens={"c": {12: 50, 16: 60}}) == by_c != []
 
 
 def test_budgets_of_an_unknown_length() -> None:
     decoding = [key for key in TABLE if key != NO_DECODE]
     likely = [key for key in decoding if TABLE[key].p_within(150.0, 90, "vqa") >= 0.9]
-    assert TABLE.feasible(150.0, 90, p_at_least=0.9, workload="vqa") == likely
+    assert TABLE.feasible(150.0, prompt_tokens=90, p_at_least=0.9, workload="vqa") == likely
     expected = [key for key in decoding if TABLE[key].expected_total_ms(90) * 1.1 <= 150.0]
-    assert TABLE.feasible(150.0, 90, by="expected", margin=0.1) == expected
+    assert TABLE.feasible(150.0, prompt_tokens=90, by="expected", margin=0.1) == expected
     assert 0 < len(likely) < len(decoding)
     assert 0 < len(expected) < len(decoding)
     for wrong in ({"q": 0.95}, {"output_tokens": 5}, {"by": "expected"}):

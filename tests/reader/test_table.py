@@ -158,7 +158,7 @@ def test_feasible_by_prefill_and_by_total(table: LatencyTable) -> None:
         by_prefill = [key for key in table if table[key].prefill_ms(q=0.95) <= 0.8 * budget]
         assert table.feasible(budget) == by_prefill
         with_margin = [key for key in table if table[key].prefill_ms(200, 0.5) * 1.1 <= 0.5 * budget]
-        assert table.feasible(budget, 200, prefill_share=0.5, q=0.5, margin=0.1) == with_margin
+        assert table.feasible(budget, prompt_tokens=200, prefill_share=0.5, q=0.5, margin=0.1) == with_margin
         by_total = [key for key in table if key != NO_DECODE and table[key].total_ms(None, 9, 0.95) * 1.1 <= budget]
         assert table.feasible(budget, output_tokens=9, margin=0.1) == by_total
     assert len(table.feasible(1e6)) == 12

@@ -29,7 +29,8 @@ shared ones towards its own residuals'. Shrunk is the rank: a mean of two quanti
 no run does. The steps of a run resemble each other; their effective sample size is Kish's [6]_.
 
 *Knots* (`curves`). Piecewise-linear, exact at the knots; prefill rises (isotonic regression). Beyond its lengths a
-key goes on with the growth of the others there, and beyond those of all with its last slope.
+key goes on with the growth of the others there, and beyond those of all with its last slope; below them nothing is
+made up, and the reader holds the first knot's value.
 
 Steps from run totals (`step_recovery`, `step_model`; keys without timed steps)
 -------------------------------------------------------------------------------

@@ -40,9 +40,9 @@ def fit_prefill_curve(run_sample: pd.DataFrame, axes: KeyAxes, quantiles: Sequen
     -------
     DataFrame
         Knots per key: key_id, prompt_tokens, n (runs nearest to the knot), one ``pXX_ms`` a level,
-        and source: ``measured``, ``interpolated`` (no run is nearest to the knot) or ``extrapolated`` (one knot before
-        the least and one beyond the largest prompt length, that carry the curve on). Curves do not fall, and at every
-        prompt length the quantiles are in order.
+        and source: ``measured``, ``interpolated`` (no run is nearest to the knot) or ``extrapolated`` (one knot at
+        twice the largest prompt length, that carries the curve on; none below the least, whose value the reader holds
+        there). Curves do not fall, and at every prompt length the quantiles are in order.
 
     """
     runs = run_sample.sort_values(["key_id", "run_hash", "prompt_tokens", "prefill_ms"], ignore_index=True)
@@ -163,7 +163,7 @@ def _curve_knots(
     DataFrame
         Columns key_id, `place`, n, one a quantile, source; sorted by key and place.
     """
-    least, largest = float(data.place.min()), float(data.place.max())
+    largest = float(data.place.max())
     bounds = np.searchsorted(data.key, np.arange(len(data.key_ids) + 1))
     grids = [_grid(data.place[bounds[key] : bounds[key + 1]]) for key in range(len(data.key_ids))]
     grid_key = np.repeat(np.arange(len(data.key_ids)), [len(grid) for grid in grids])
@@ -178,12 +178,7 @@ def _curve_knots(
         n = np.bincount(_nearest(knots, places), minlength=len(knots))
         source = np.where(n > 0, "measured", "interpolated").astype(object)
         inside = max(grid[-1] - grid[0], 0.0) / 4
-        first, last = int(knots[0]), int(knots[-1])
-        if first > 1:
-            # Never steeper than in proportion to the length: a latency has a part that no token causes.
-            slope = min(_relative_slope(surface, key, first, max(first / 2, least), first + inside), 1 / first)
-            knots, n, source = np.r_[1, knots], np.r_[0, n], np.r_[["extrapolated"], source]
-            values = np.vstack([values[:1] * (1 - slope * (first - 1)), values])
+        last = int(knots[-1])
         slope = _relative_slope(surface, key, last, min(2 * last, largest), last - inside)
         knots, n, source = np.r_[knots, 2 * last], np.r_[n, 0], np.r_[source, ["extrapolated"]]
         values = np.vstack([values, values[-1:] * (1 + slope * last)])

@@ -1,0 +1,120 @@
+"""What a new user types: every wrong use ends in a word of advice, never in a wrong number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+import lutest
+from lutest.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def table(direct_table: Path) -> lutest.LatencyTable:
+    return lutest.load(direct_table)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command."""
+    capsys.readouterr()
+    try:
+        status = main(list(map(str, arguments)))
+    except SystemExit as stopped:
+        status = int(str(stopped.code))
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_the_length_of_the_text_alone_is_no_prompt_length_of_a_tier_with_many_crops(
+    table: lutest.LatencyTable,
+) -> None:
+    small, large = table["low", 8, 16], table["high", 8, 16]
+    # never cheaper than what was measured, however short the prompt is said to be
+    assert large.total_ms(60, 8, 0.95) >= 0.9 * large.total_ms(383, 8, 0.95) > small.total_ms(60, 8, 0.95)
+    with pytest.warns(lutest.LutestWarning, match=r"left out 18 of 27 .*text_tokens=60"):
+        found = table.feasible(1500, prompt_tokens=60)
+    assert found
+    assert {key[0] for key in found} == {"low"}
+    with pytest.warns(lutest.LutestWarning, match=r"left out 27 of 27 .*more than twice"):
+        assert table.feasible(1e9, prompt_tokens=100_000) == []
+    explained = large.explain(60, 8)
+    assert explained.total.source == large.source_at(60, 8) == "extrapolated"
+    assert "text_tokens=60" in explained.out_of_reach
+    assert "text_tokens=60" in str(explained)
+    assert large.explain(500, 8).out_of_reach == ""
+
+
+def test_each_configuration_adds_its_own_vision_tokens_to_a_text(
+    table: lutest.LatencyTable, direct_table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = {key: table[key].prompt_tokens(60) for key in table}
+    assert prompts["low", 8, 16] < prompts["medium", 8, 16] < prompts["high", 8, 16]
+    found = table.feasible(1500, text_tokens=60, output_tokens=8)
+    assert found == table.feasible(1500, prompt_tokens=prompts, output_tokens=8)
+    assert 0 < len(found) < len(table)
+    quality = {key: float(key[1]) for key in table}
+    best = table.best(1500, text_tokens=60, output_tokens=8, quality=quality)
+    assert best is not None
+    assert best.source in ("measured", "interpolated")
+    assert {option.source for option in table.frontier(text_tokens=60, quality=quality)} <= {"measured", "interpolated"}
+    status, out, err = run(capsys, "feasible", direct_table, 1500, "--text-tokens", 60, "--output-tokens", 8)
+    assert (status, err) == (0, "")
+    assert f"{len(found)} of 27" in out
+    assert "source" in out
+    assert "measured" in out
+    query = "SELECT tier, top_k, num_blocks, source FROM feasible(1500, text_tokens := 60, output_tokens := 8)"
+    status, out, _ = run(capsys, "sql", direct_table, "--csv", query)
+    assert status == 0
+    assert len(out.splitlines()) == len(found) + 1
+    assert "measured" in out
+    status, out, _ = run(capsys, "lookup", direct_table, "high", 8, 16, "--text-tokens", 60)
+    assert status == 0
+    assert f"{prompts['high', 8, 16]} prompt tokens" in out
+    with pytest.raises(lutest.ArgumentError, match="one of the two"):
+        table.feasible(1500, text_tokens=60, prompt_tokens=150)
+
+
+def test_a_table_without_text_and_vision_apart_says_so(serving_table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(lutest.ArgumentError, match="do not hold vision and text tokens apart"):
+        lutest.load(serving_table).feasible(1500, text_tokens=60)
+    status, _, err = run(capsys, "feasible", serving_table, 1500, "--text-tokens", 60)
+    assert status == 2
+    assert "give prompt_tokens" in err
+    status, _, err = run(capsys, "sql", serving_table, "FROM feasible(1500, text_tokens := 60)")
+    assert status == 2
+    assert "give prompt_tokens" in err
+
+
+def test_one_prompt_length_for_all_tiers_is_shown_for_what_it_is(
+    direct_table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, "feasible", direct_table, 1500, "--prompt-tokens", 150)
+    assert status == 0
+    assert "left out 9 of 27" in err
+    assert "extrapolated" in out
+    status, out, _ = run(capsys, "lookup", direct_table, "high", 8, 16, "--prompt-tokens", 150)
+    assert status == 0
+    assert "left out by searches and rewards" in out
+    query = "SELECT count(*) FROM feasible(1500, prompt_tokens := 150) WHERE tier = 'high'"
+    assert run(capsys, "sql", direct_table, "--csv", query)[1].split()[-1] == "0"
+
+
+def test_lengths_are_named(table: lutest.LatencyTable) -> None:
+    with pytest.raises(TypeError):
+        cast(Any, table).feasible(1500, 16)
+    for key in table:
+        budget_ms = table[key].total_ms(None, 8, 0.95)
+        tokens = table[key].max_output_tokens(budget_ms)
+        assert tokens >= 8
+        assert key in table.feasible(budget_ms, output_tokens=tokens)
+        assert key not in table.feasible(budget_ms, output_tokens=tokens + 1)
+
+
+def test_a_wrong_tier_in_sql_can_be_made_to_fail(direct_table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = "total_ms('full', 8, 16, 150, 32)"
+    assert run(capsys, "sql", direct_table, f"SELECT {asked}")[0] == 0
+    status, _, err = run(capsys, "sql", direct_table, f"SELECT known({asked})")
+    assert status == 2
+    assert "tier high, low, medium" in err
