@@ -46,7 +46,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, direct_runs: Path, direct_
     folder = tmp_path_factory.mktemp("project")
     shutil.copytree(PROJECT / "tables", folder / "tables", ignore=shutil.ignore_patterns("*.duckdb", ".*"))
     shutil.copy(direct_table, folder / "tables" / "olmoe-cpu-direct.duckdb")
-    for name in ("results", "held-out", "new-device", "elsewhere", "sweep"):
+    for name in ("results", "held-out", "new-device", "new-device-later", "elsewhere", "sweep"):
         (folder / name).mkdir()
     shutil.copy(PROJECT / "tests" / "data" / "guidellm-0.8.1.json", folder / "sweep" / "benchmarks.json")
     shutil.copy(PROJECT / "tests" / "data" / "vllm-bench-serve.json", folder / "sweep" / "vllm.json")
@@ -59,14 +59,16 @@ def project(tmp_path_factory: pytest.TempPathFactory, direct_runs: Path, direct_
         SELECT {columns} FROM serving WHERE {which}
         QUALIFY row_number() OVER (PARTITION BY gpu, n_gpus, users ORDER BY started_ms, sample_id) <= 40
     """
+    slower = """
+        SELECT * EXCLUDE (decode_steps_ms, total_ms)
+            REPLACE (1.5 * prefill_ms AS prefill_ms, 1.5 * decode_ms AS decode_ms)
+        FROM direct USING SAMPLE reservoir({n} ROWS) REPEATABLE ({seed})
+    """
     files = {
         "results/runs.parquet": f"{few} > 20",
         "held-out/runs.parquet": f"{few} <= 20",
-        "new-device/runs.csv": """
-            SELECT * EXCLUDE (decode_steps_ms, total_ms)
-                REPLACE (1.5 * prefill_ms AS prefill_ms, 1.5 * decode_ms AS decode_ms)
-            FROM direct USING SAMPLE reservoir(60 ROWS) REPEATABLE (0)
-        """,
+        "new-device/runs.csv": slower.format(n=60, seed=0),
+        "new-device-later/runs.csv": slower.format(n=200, seed=1),
         "elsewhere/seconds.csv": f"""
             SELECT top_k, num_blocks, prompt_tokens, output_tokens, prefill_ms / 1e3 AS ttft, decode_ms / 1e3 AS decode
             FROM ({few} <= 20)

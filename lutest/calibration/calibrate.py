@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from lutest.calibration.paired_runs import MOST_RUNS, pair_runs, pair_steps
 from lutest.calibration.table_maps import StageCalibration, fit_maps
 from lutest.reader import __version__
 from lutest.reader.errors import ArgumentError, SourceError
+from lutest.reader.figures import Key
 from lutest.reader.file import read_figures
 from lutest.reader.loading import load
 from lutest.runs.configuration import BuildConfig
@@ -26,6 +28,9 @@ from lutest.runs.sources import Progress, Source
 from lutest.runs.work import work_database
 from lutest.tablefile.store import locked, temporary_path, write_table
 from lutest.tablefile.verify import verify
+
+HASH_LENGTH = 16  # characters of a run's hash that the table keeps
+LEAST_RUNS = 10  # fewer say little of one scale, and nothing of P95
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Calibration:
         Runs taken; 0 where the correction of an `OnlineCalibrator` was written.
     left_out : dict
         Why other runs were not taken → how many.
+    warnings : tuple of str
+        What makes the table say less than it seems to.
     prefill, decode : StageCalibration or None
         None for a stage that no run says anything of: it stays as it was.
     """
@@ -51,6 +58,7 @@ class Calibration:
     parent_content_hash: str
     n_runs: int
     left_out: dict[str, int]
+    warnings: tuple[str, ...]
     prefill: StageCalibration | None
     decode: StageCalibration | None
 
@@ -102,6 +110,8 @@ def calibrate(
         meta = {name: value for name, value in held.meta.items() if name != "content_hash"}
         left_out: dict[str, int] = {}
         sources: list[dict[str, object]] = []
+        hashes: list[str] = []
+        n_by_key: list[tuple[Key, int]] = []
         n_runs, prefill, decode = 0, None, None
         if isinstance(runs, OnlineCalibrator):
             given, found = runs.table.meta.get("content_hash"), held.meta["content_hash"]
@@ -123,19 +133,33 @@ def calibrate(
             if matched > n_runs:
                 left_out[f"beyond the {MOST_RUNS} runs that are taken"] = matched - n_runs
             sources = _sources(connection)
+            rows = connection.execute(f"SELECT left(run_hash, {HASH_LENGTH}), key_id FROM paired_runs ORDER BY 1, 2")
+            hashes, numbers = map(list, zip(*rows.fetchall(), strict=True))
+            n_by_key = [(held.keys[number], n) for number, n in sorted(Counter(numbers).items())]
             meta |= {name: _distinct(connection, name) for name in ("device", "model")}
         meta |= {
             "lutest_version": __version__,
             "duckdb_version": duckdb.__version__,
             "built_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "parent_content_hash": held.meta["content_hash"],
-            "calibration": json.dumps({"n_runs": n_runs, "runs": sources}),
+            "calibration": json.dumps({"n_runs": n_runs, "runs": sources, "n_by_key": n_by_key, "run_hashes": hashes}),
             "calibration_maps": json.dumps([{"key": key, **asdict(each)} for key, each in maps.items()]),
         }
         relations = write_calibrated_rows(connection, parent, held.figures, maps)
         columns = held.figures.key_columns
         digest = write_table(connection, replaced, relations, held.quantiles, columns, meta, read_figures, parent)
-    return Calibration(target, digest, held.meta["content_hash"], n_runs, left_out, prefill, decode)
+    warnings: tuple[str, ...] = ()
+    if 0 < n_runs < LEAST_RUNS:
+        warnings = (
+            f"calibrated with {n_runs} run{'' if n_runs == 1 else 's'}: that is one scale at best, and P95 is a guess; "
+            f"take {LEAST_RUNS} or more, of configurations that `lutest plan` proposes",
+        )
+    return Calibration(target, digest, held.meta["content_hash"], n_runs, left_out, warnings, prefill, decode)
+
+
+def own_run_hashes(meta: Mapping[str, str]) -> list[str]:
+    """Beginnings of the hashes of the runs that a table was calibrated with."""
+    return list(json.loads(meta.get("calibration", "{}")).get("run_hashes", []))
 
 
 def _sources(connection: duckdb.DuckDBPyConnection) -> list[dict[str, object]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import expm1
 from typing import Any
 
 from lutest.reader.errors import ArgumentError
 from lutest.reader.figures import Key
 
 TOLERANCE = 0.02
+MOST_UNSEEN = 0.25  # a shift of the P50 that runs must be able to show before they may say that a table holds
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Coverage:
         Quantile → how many lie at or below it.
     ratio : float
         Median of observed over predicted P50.
+    spread : float
+        Standard deviation of the logarithm of observed over predicted P50, read off its quartiles.
+    design_effect : dict
+        Quantile → what the variance of a share is multiplied by, as runs that follow one another are alike; 1 for runs
+        that are independent, here and behind the table.
     """
 
     stage: str
@@ -40,6 +47,8 @@ class Coverage:
     n_above: dict[float, tuple[int, int]]
     n_within: dict[float, int]
     ratio: float
+    spread: float
+    design_effect: Mapping[float, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,9 +91,12 @@ class Check:
     left_out : dict
         Why other runs were not → how many.
     false_alarm_rate : float
-        Probability of at least one alarm though nothing has changed, for runs that are independent of each other.
+        Probability of at least one alarm though nothing has changed.
     tests : tuple of CoverageTest
         Stage by stage, all configurations together first.
+    detectable : dict
+        Stage → the least relative shift of all its latencies that an alarm would have told in nine cases of ten; None
+        where no shift would.
     """
 
     table: str
@@ -93,6 +105,7 @@ class Check:
     left_out: dict[str, int]
     false_alarm_rate: float
     tests: tuple[CoverageTest, ...]
+    detectable: dict[str, float | None]
 
     @property
     def alarms(self) -> tuple[CoverageTest, ...]:
@@ -100,9 +113,12 @@ class Check:
         return tuple(test for test in self.tests if test.adjusted <= self.false_alarm_rate)
 
     @property
-    def holds(self) -> bool:
-        """No test speaks against the table."""
-        return not self.alarms
+    def holds(self) -> bool | None:
+        """No test speaks against the table; None where so few runs would not have shown a shift by a quarter either."""
+        if self.alarms:
+            return False
+        told = all(shift is not None and shift <= MOST_UNSEEN for shift in self.detectable.values())
+        return True if told and self.detectable else None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON; the key of a test is None for all configurations together."""
@@ -112,6 +128,7 @@ class Check:
             "left_out": self.left_out,
             "holds": self.holds,
             "false_alarm_rate": self.false_alarm_rate,
+            "detectable": self.detectable,
             "tests": [
                 {
                     "stage": test.coverage.stage,
@@ -181,25 +198,66 @@ def adjusted_tests(coverages: Sequence[Coverage], false_alarm_rate: float) -> tu
 
 def _p_value(above: tuple[int, int], held: Coverage, q: float) -> float:
     """Of both directions; a change within the tolerance makes it large in either."""
-    slower = exceedance_tail(above[0], held.n, held.n_table, q, upwards=True)
-    faster = exceedance_tail(above[1], held.n, held.n_table, q, upwards=False)
+    effect = held.design_effect.get(q, 1.0)
+    slower = exceedance_tail(above[0], held.n, held.n_table, q, effect, upwards=True)
+    faster = exceedance_tail(above[1], held.n, held.n_table, q, effect, upwards=False)
     return min(1.0, 2.0 * min(slower, faster))
 
 
-def exceedance_tail(n_above: int, n: int, n_table: int, q: float, *, upwards: bool) -> float:
+def exceedance_tail(
+    n_above: int, n: int, n_table: float, q: float, design_effect: float = 1.0, *, upwards: bool
+) -> float:
     """Probability that as many or more (not `upwards`: as few or fewer) of `n` runs lie above a quantile of `n_table`.
 
     Were the quantile the order statistic of rank q (n_table + 1), the number above it would be beta-binomial whatever
-    the distribution of the runs is: the quantile is itself uncertain, and that is part of the test.
+    the distribution of the runs is: the quantile is itself uncertain, and that is part of the test. Where runs that
+    follow one another are alike, the variance is larger by the design effect, in both samples.
 
     References
     ----------
     N. Balakrishnan and H. K. T. Ng, Precedence-Type Tests and Applications (2006), chapter 3.
+    L. Kish, Survey Sampling (1965), section 8.2.
     """
     import numpy as np  # here, so that an OnlineCalibrator does without both until it is asked
     from scipy.special import betaln
 
-    a, b = (n_table + 1) * (1.0 - q), (n_table + 1) * q
+    alike = 1.0 / (n_table + 2.0)  # correlation of two runs, for the quantile is the same
+    if n > 1:
+        alike = (design_effect * (1.0 + (n - 1) * alike) - 1.0) / (n - 1)
+    if alike >= 1.0:
+        return 1.0
+    total = 1.0 / alike - 1.0
+    a, b = total * (1.0 - q), total * q
     k = np.arange(n_above, n + 1) if upwards else np.arange(n_above + 1)
     log_choose = -np.log(n + 1) - betaln(k + 1, n - k + 1)
     return min(1.0, float(np.exp(log_choose + betaln(k + a, n - k + b) - betaln(a, b)).sum()))
+
+
+def detectable_shifts(
+    tests: Sequence[CoverageTest], false_alarm_rate: float, tolerance: float
+) -> dict[str, float | None]:
+    """Stage → the shift that the test of its P50 over all runs would have told nine times of ten; None: none would.
+
+    The alarm is raised from some number of runs above the P50 on; a shift lifts as many above it on average, and what
+    the number varies by, as deviations from the P50 are about log-normal.
+    """
+    from scipy.special import ndtri
+
+    wholes = [test.coverage for test in tests if test.coverage.key is None and test.q == 0.5]
+    n_whole = sum(test.coverage.key is None for test in tests)
+    families = len({test.coverage.key is None for test in tests})
+    found: dict[str, float | None] = {}
+    for held in wholes:
+        effect = held.design_effect.get(0.5, 1.0)
+        level = false_alarm_rate / (2.0 * families * n_whole)  # of the smallest p-value, in one direction
+        least, most = held.n // 2, held.n + 1
+        while least < most:
+            middle = (least + most) // 2
+            small = exceedance_tail(middle, held.n, held.n_table, 0.5, effect, upwards=True) <= level
+            least, most = (least, middle) if small else (middle + 1, most)
+        deviation = (effect * 0.25 * (1.0 / held.n + 1.0 / max(held.n_table, 1))) ** 0.5
+        share = least / held.n + float(ndtri(0.9)) * deviation
+        certain = least <= held.n and (share < 1.0 or least + 1 < held.n)
+        shift = held.spread * float(ndtri(min(share, 1.0 - 0.5 / held.n))) if certain else None
+        found[held.stage] = None if shift is None else (1.0 + tolerance) * expm1(shift) + tolerance
+    return found

@@ -6,7 +6,7 @@ import json
 from math import exp, log
 from typing import Any, NamedTuple
 
-from lutest.calibration.coverage import TOLERANCE, Check, Coverage, adjusted_tests, tolerated_factors
+from lutest.calibration.coverage import TOLERANCE, Check, Coverage, adjusted_tests, detectable_shifts, tolerated_factors
 from lutest.calibration.maps import KeyMaps, StageMap, mapped_figures, mapped_key
 from lutest.calibration.ratio_histogram import BINS_PER_UNIT, MIDDLE, RatioHistogram, add
 from lutest.reader.arguments import positive_ms, whole_number
@@ -224,7 +224,8 @@ class OnlineCalibrator:
             for key, known in self._known.items():
                 found.append(self._coverage(name, key, known[-2:][stage], behind[key][stage], bins))
         tests = adjusted_tests([held for held in found if held is not None], false_alarm_rate)
-        return Check(table.path, table.key_columns, self.n_observed, {}, false_alarm_rate, tests)
+        shifts = detectable_shifts(tests, false_alarm_rate, tolerance)
+        return Check(table.path, table.key_columns, self.n_observed, {}, false_alarm_rate, tests, shifts)
 
     def merge(self, other: OnlineCalibrator) -> None:
         """Take in what another calibrator of the same table has observed, such as that of another worker.
@@ -372,7 +373,8 @@ class OnlineCalibrator:
         above = n - round(n * histogram.share_below(bins)), n - round(n * histogram.share_below(-bins))
         within = {0.5: round(n * histogram.share_below(0)), _TAIL: n - beyond}
         ratio = exp(histogram.log_median())
-        return Coverage(stage, key, n, n_table, {0.5: above, _TAIL: (beyond, beyond)}, within, ratio)
+        spread = (histogram.log_quantile(0.75) - histogram.log_quantile(0.25)) / 1.349  # of a normal distribution
+        return Coverage(stage, key, n, n_table, {0.5: above, _TAIL: (beyond, beyond)}, within, ratio, spread)
 
 
 def _maps(factors: Factors) -> KeyMaps:

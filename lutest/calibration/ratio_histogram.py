@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 
 BINS_PER_UNIT = 100.0  # a bin is 1 % wide
 MIDDLE = 208  # the bin that begins at a ratio of 1; an eighth and eightfold are the ends, where all beyond is counted
@@ -50,6 +51,11 @@ class RatioHistogram:
         self.place, self.below = place, below
         within = (half - below) / counts[place] if counts[place] > 0.0 else 0.5
         return (place - MIDDLE + min(max(within, 0.0), 1.0)) / BINS_PER_UNIT
+
+    def log_quantile(self, q: float) -> float:
+        """Logarithm of a quantile of the ratio, to the bin."""
+        reached = accumulate(self.counts)
+        return (next(place for place, sum_ in enumerate(reached) if sum_ >= q * self.total) - MIDDLE) / BINS_PER_UNIT
 
     def share_below(self, percent: int) -> float:
         """Share of the observations below so many percent (of a log) beyond their P50."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lutest.calibration.coverage import CoverageTest
     from lutest.calibration.table_maps import StageCalibration
 
-_DRIFTED = 1  # exit code
+_DRIFTED, _CANNOT_TELL = 1, 3  # exit codes
 _MOST_LINES = 12
 
 
@@ -37,6 +37,7 @@ def calibrate(arguments: argparse.Namespace) -> Answer:
         asdict(done),
         [
             f"{done.output}: calibrated with {count(done.n_runs, 'run')}{_left_out(done.left_out)}",
+            *(f"warning: {sentence}" for sentence in done.warnings),
             _stage_line("prefill", done.prefill),
             _stage_line("decode", done.decode),
             f"content hash {done.content_hash}, of its parent {done.parent_content_hash}",
@@ -98,7 +99,7 @@ def plan(arguments: argparse.Namespace) -> Answer:
     JSON,
 )
 def check(arguments: argparse.Namespace) -> Answer:
-    """Test whether a table still holds for runs; exit code 1 if it does not."""
+    """Test whether a table still holds for runs; exit code 1 if it does not, 3 if the runs are too few to tell."""
     runs, config = given_runs(arguments)
     limits = {name: getattr(arguments, name) for name in ("false_alarm_rate", "tolerance")}
     with working() as progress:
@@ -109,12 +110,20 @@ def check(arguments: argparse.Namespace) -> Answer:
     lines = [format_table(headers, [_test_row(test, test in found.alarms) for test in shown])]
     if len(alarms) > _MOST_LINES:
         lines.append(f"and {len(alarms) - _MOST_LINES} more of single configurations")
-    verdict = "still holds" if found.holds else "no longer holds"
+    verdict, code = {
+        True: ("still holds", 0),
+        False: ("no longer holds", _DRIFTED),
+        None: ("cannot tell whether it holds", _CANNOT_TELL),
+    }[found.holds]
     lines.append(
         f"{found.table}: {verdict} for {count(found.n_runs, 'run')}{_left_out(found.left_out)}; "
         f"{count(len(found.tests), 'test')}, false alarms at most {found.false_alarm_rate:g}"
     )
-    return Answer(found.as_dict(), lines, 0 if found.holds else _DRIFTED)
+    shifts = ", ".join(
+        f"{stage} {'no shift' if shift is None else f'{shift:.1%}'}" for stage, shift in found.detectable.items()
+    )
+    lines.append(f"so many runs show in nine cases of ten, at the least, a shift of: {shifts}")
+    return Answer(found.as_dict(), lines, code)
 
 
 def _test_row(test: CoverageTest, alarm: bool) -> list[object]:

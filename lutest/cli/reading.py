@@ -70,6 +70,8 @@ def _names(value: str | None) -> str:
 def format_key_table(key_columns: Sequence[str], keys: Sequence[Mapping[str, Any]], *, upper: bool) -> str:
     """Lay out configurations, with their upper bounds and measured ranges if asked for."""
     shown = {**{name: name for name in key_columns}, "n": "n", "prefill P50": "prefill_p50_ms", "P95": "prefill_p95_ms"}
+    if any("own_runs" in key for key in keys):
+        shown = {**dict(list(shown.items())[: len(key_columns) + 1]), "own runs": "own_runs", **shown}
     if upper:
         shown["P95 at most"] = "prefill_p95_upper_ms"
     shown |= {"step P50": "decode_step_p50_ms", "step P95": "decode_step_p95_ms"}
@@ -79,7 +81,8 @@ def format_key_table(key_columns: Sequence[str], keys: Sequence[Mapping[str, Any
         for row, key in zip(rows, keys, strict=True):
             row.append(f"{key['prompt_tokens_min']}–{key['prompt_tokens_max']}")
             row.append(None if key["kv_len_min"] is None else f"{key['kv_len_min']}–{key['kv_len_max']}")
-    return f"{format_table(headers, rows)}\nlatencies in ms; step: one decode step"
+    own = "; n: runs of the profile that was carried over, own runs: of this device" if "own runs" in shown else ""
+    return f"{format_table(headers, rows)}\nlatencies in ms; step: one decode step{own}"
 
 
 def count_runs(sources: Sequence[Mapping[str, Any]]) -> str:

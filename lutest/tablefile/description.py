@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from lutest.reader.names import quote
@@ -22,7 +23,8 @@ def describe(table: LatencyTable) -> dict[str, Any]:
     -------
     dict
         ``path``, ``meta``, ``key_columns``; ``keys``, a record per configuration in the table's order, with
-        ``runs_wanted`` until its P95 has an upper bound; ``sources``; ``rejected``, reason → runs, the most first.
+        ``runs_wanted`` until its P95 has an upper bound and, of a calibrated table, ``own_runs``; ``sources``;
+        ``rejected``, reason → runs, the most first.
 
     Raises
     ------
@@ -48,8 +50,12 @@ def describe(table: LatencyTable) -> dict[str, Any]:
         reasons = connection.execute(
             "SELECT reason, count(*) AS n FROM rejected_runs GROUP BY reason ORDER BY n DESC, reason"
         ).fetchall()
+    calibration = json.loads(table.meta.get("calibration", "{}"))
+    own = {tuple(held): n for held, n in calibration.get("n_by_key", ())}
     for record in keys:
         record["runs_wanted"] = max(0, LEAST_RUNS_FOR_BOUND - record["n"])
+        if calibration:
+            record["own_runs"] = own.get(tuple(record[name] for name in table.key_columns), 0)
     return {
         "path": table.path,
         "meta": dict(table.meta),
