@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lutest.calibration.plan import plan as plan
     from lutest.charts.report import report as report
     from lutest.judging.diagnose import diagnose as diagnose
+    from lutest.judging.diff import diff as diff
     from lutest.judging.evaluate import evaluate as evaluate
     from lutest.profile.generate import record_generate as record_generate
     from lutest.profile.recorder import Recorder as Recorder
@@ -77,6 +78,7 @@ __all__ = [
     "check",
     "convert",
     "diagnose",
+    "diff",
     "evaluate",
     "export",
     "load",
@@ -105,6 +107,7 @@ _ON_FIRST_USE = {
     "check": "lutest.calibration.check",
     "convert": "lutest.runs.convert",
     "diagnose": "lutest.judging.diagnose",
+    "diff": "lutest.judging.diff",
     "evaluate": "lutest.judging.evaluate",
     "export": "lutest.tablefile.export",
     "plan": "lutest.calibration.plan",

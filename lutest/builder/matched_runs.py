@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from lutest.reader.errors import SourceError
 from lutest.reader.figures import described_key
 from lutest.reader.names import quote
 from lutest.reader.table import LatencyTable
-from lutest.runs.configuration import Config, config_of_meta, resolve_config
+from lutest.runs.configuration import BuildConfig, Config, config_of_meta, resolve_config
 from lutest.runs.sources import Source, listed
 from lutest.runs.work import read_runs
 
@@ -56,12 +57,21 @@ def match_runs(
     LutestError
         A source cannot be read, or no run is left.
     """
+    read_runs(connection, listed(runs), matching_settings(table, config), Path(), progress)
+    return match_read_runs(connection, table)
+
+
+def matching_settings(table: LatencyTable, config: Config | None = None) -> BuildConfig:
+    """How runs are read that are held against a table: by its key, and as its own were where `config` says nothing."""
     own = config_of_meta(table.meta)
     settings = resolve_config(config, own)
     columns = {name: settings.columns.get(name, rule) for name, rule in own.columns.items()}
-    settings = replace(settings, key=own.key, columns=columns)
-    read_runs(connection, listed(runs), settings, Path(), progress)
-    write_accepted_runs(connection, "none", settings.cleaning.k)
+    return replace(settings, key=own.key, columns=columns)
+
+
+def match_read_runs(connection: duckdb.DuckDBPyConnection, table: LatencyTable) -> dict[str, int]:
+    """As `match_runs`, of runs that are read already, with the settings of `matching_settings`."""
+    write_accepted_runs(connection, "none", math.inf)
     names = ", ".join(quote(column.name) for column in table.figures.key_columns)
     definitions = ", ".join(f"{quote(column.name)} {column.type}" for column in table.figures.key_columns)
     frame = pd.DataFrame([(number, *key) for number, key in enumerate(table.keys)])

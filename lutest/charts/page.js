@@ -28,7 +28,7 @@ const figure3 = (value) => {
 };
 const ms = (value) => `${figure3(value)} ms`;
 const whole = (value) => value.toLocaleString("en");
-const percent = (value) => value === null ? "–" : `${(100 * value).toFixed(1)} %`;
+const percent = (value) => value === null ? "–" : `${(100 * value).toFixed(1)} %`.replace("-", "−");
 const label = (key) => data.keys[key].map(isolated).join(" · ");
 const longLabel = (key) => data.columns.map((column, i) => `${isolated(column.name)} ${isolated(data.keys[key][i])}`).join(", ");
 const level = (q) => `P${+(100 * q).toPrecision(10)}`;
@@ -62,14 +62,17 @@ const limit = () => asked.budget * (asked.output === null ? data.prefill_share :
 let latency = [];
 
 // ---- tables behind pictures ----
-const dataTable = (caption, columns, rows) => h("table", {class: "data"}, h("caption", {}, caption),
-  h("thead", {}, h("tr", {}, columns.map((name) => h("th", {scope: "col"}, bdi(name))))),
-  h("tbody", {}, rows.slice(0, MOST_ROWS).map((row) => h("tr", {}, row.map((value) =>
-    h("td", {class: typeof value === "string" ? "text" : null}, bdi(typeof value === "number" ? figure3(value) : value ?? "–")))))));
+const dataTable = (caption, columns, rows) => {
+  const shown = rows.slice(0, MOST_ROWS);
+  const kind = columns.map((_, i) => shown.some((row) => typeof row[i] === "string" && !/^([−+]?[\d.,]+( %)?|–)$/.test(row[i])) ? "text" : null);
+  const cell = (value) => bdi(typeof value === "number" ? figure3(value) : value ?? "–");
+  return h("table", {class: "data"}, h("caption", {}, caption, rows.length > MOST_ROWS ? `; the first ${whole(MOST_ROWS)} of ${whole(rows.length)} rows` : null),
+    h("thead", {}, h("tr", {}, columns.map((name, i) => h("th", {scope: "col", class: kind[i]}, bdi(name))))),
+    h("tbody", {}, shown.map((row) => h("tr", {}, row.map((value, i) => h("td", {class: kind[i]}, cell(value)))))));
+};
 const behind = (caption, columns, rows) => { // laid out when it is opened
   const place = h("div", {class: "scroll"});
-  const details = h("details", {ontoggle: () => { if (details.open) place.replaceChildren(dataTable(caption, columns, rows())); }},
-    h("summary", {}, "Numbers"), place);
+  const details = h("details", {ontoggle: () => details.redraw()}, h("summary", {}, "Numbers"), place);
   details.redraw = () => { if (details.open) place.replaceChildren(dataTable(caption, columns, rows())); };
   return details;
 };
@@ -89,7 +92,7 @@ const ticks = (low, high, log, wanted) => {
   const rough = (high - low) / wanted || 1, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
   const found = [];
-  for (let at = Math.ceil(low / step - 1e-9) * step; at <= high + 1e-9 * step; at += step) found.push(+at.toPrecision(12));
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) found.push(+(i * step).toPrecision(12));
   return found;
 };
 const tickText = (value) => Math.abs(value) >= 1e4 && value % 1000 === 0 ? `${whole(value / 1000)}k` : +value.toPrecision(6) + "";
@@ -124,7 +127,7 @@ const chart = (parent, title, describe, draw, table) => {
   return held;
 };
 const frame = (svg, width, height, x, y, margin = {}) => {
-  const m = {left: 52, right: 16, top: 10, bottom: 38, ...margin};
+  const m = {left: 52, right: 16, top: 26, bottom: 42, ...margin};
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const sx = scale(x, m.left, width - m.right), sy = scale(y, height - m.bottom, m.top);
   for (const at of x.ticks ?? ticks(x.low, x.high, x.log, Math.max(3, Math.floor(width / 90)))) {
@@ -136,7 +139,7 @@ const frame = (svg, width, height, x, y, margin = {}) => {
       s("text", {x: m.left - 7, y: sy(at) + 4, "text-anchor": "end"}, y.text ? y.text(at) : tickText(at)));
   }
   svg.append(s("text", {x: (m.left + width - m.right) / 2, y: height - 4, "text-anchor": "middle"}, x.label));
-  svg.append(s("text", {x: 4, y: m.top - 1, class: "strong"}, y.label));
+  svg.append(s("text", {x: 0, y: 11, class: "strong"}, y.label));
   return {sx, sy, bottom: height - m.bottom, top: m.top, left: m.left, right: width - m.right};
 };
 const path = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(1)},${y.toFixed(1)}`).join("");
@@ -175,7 +178,8 @@ const drawBudget = () => {
     h("label", {}, "Prompt tokens", prompt), h("label", {}, "Output tokens", output),
     h("label", {}, "Quantile", quantile), lengths("prompts", first.prompts), lengths("outputs", first.outputs)));
   const count = h("output", {class: "count", id: "count", for: "slider", "aria-live": "polite"});
-  const row = h("div", {class: "row"}), left = h("div", {}), right = h("div", {});
+  const wide = data.layout.across !== null && data.levels[data.layout.across].length > 10;
+  const row = h("div", {class: wide ? null : "row"}), left = h("div", {}), right = h("div", {class: wide ? "row" : null});
   row.append(left, right);
   section.append(count, row);
   const cells = drawGrid(left);
@@ -265,7 +269,7 @@ const drawGrid = (parent) => {
     }
     facets.append(h("div", {class: "facet"}, beside === null ? null : h("h3", {}, named(beside, side)), h("div", {class: "scroll"},
       h("table", {class: "grid"},
-        h("thead", {}, h("tr", {}, h("td", {}), values(across).map((value) => h("th", {scope: "col"}, named(across, value))))),
+        h("thead", {}, h("tr", {}, h("td", {class: "corner"}, bdi(data.columns[across].name), " →"), values(across).map((value) => h("th", {scope: "col"}, bdi(value))))),
         h("tbody", {}, [...rows].map(([name, row]) => h("tr", {},
           h("th", {scope: "row"}, JSON.parse(name).map((value, i) => [i ? " · " : "", ...named(down[i], value)]).flat()),
           values(across).map((value) => h("td", {}, row.has(value) ? cell(row.get(value)) : null)))))))));
@@ -326,7 +330,7 @@ const chooser = (parent) => {
   const list = h("ul", {class: "chosen"}), select = h("select", {onchange: () => { if (select.value !== "") toggle(+select.value); select.value = ""; }},
     h("option", {value: ""}, "add a configuration …"), ids.map((key) => h("option", {value: key}, label(key))));
   parent.append(h("div", {class: "controls"}, h("label", {}, "Configuration", select), list));
-  chips.push(() => list.replaceChildren(...chosen.map((key, i) => h("li", {}, h("button", {type: "button", class: `s${i}`, title: "leave out", "aria-label": `leave out ${longLabel(key)}`, onclick: () => toggle(key)},
+  chips.push(() => list.replaceChildren(...chosen.map((key, i) => h("li", {}, h("button", {type: "button", class: `s${i}`, title: "leave out", "aria-label": `leave out ${longLabel(key)}`, onclick: () => { toggle(key); select.focus(); }},
     s("svg", {viewBox: "-6 -6 12 12", "aria-hidden": "true"}, s("path", {class: "knot", d: SHAPES[i]})), h("span", {}, data.keys[key].map((value, j) => [j ? " · " : "", bdi(value)]).flat()), " ×")))));
 };
 const drawCurve = (parent, stage, title, axis, unit) => {
@@ -344,10 +348,12 @@ const drawCurve = (parent, stage, title, axis, unit) => {
     const low = 0, high = Math.ceil(1.15 * Math.max(...shown.map(({curve}) => Math.max(curve.tokens[0], ...rest(curve)))));
     for (const one of shown) one.curve = clipped(one.curve, high);
     const seen = shown.flatMap(({key}) => (dots?.[key] ?? []).map(([, value]) => value)).sort((a, b) => a - b);
+    const lowest = Math.min(...shown.flatMap(({curve}) => curve.p50_ms.filter((_, j) => curve.n[j] > 0 || curve.n.every((n) => !n))));
     const top = Math.max(...shown.flatMap(({curve}) => curve.p95_ms), seen.length ? seen[Math.floor(0.99 * (seen.length - 1))] : 0) * 1.05;
-    const {sx, sy} = frame(svg, width, 320, {low, high, label: axis}, {low: 0, high: top, label: "ms"}, {top: 18});
+    const log = lowest > 0 && top > 12 * lowest, bottom = log ? 0.8 * lowest : 0;
+    const {sx, sy} = frame(svg, width, 320, {low, high, label: axis}, {low: bottom, high: top, log, label: "ms"});
     for (const {key, i} of shown) for (const [at, value] of dots?.[key] ?? [])
-      if (at <= high && value <= top) svg.append(s("circle", {class: `dot s${i}`, cx: sx(at).toFixed(1), cy: sy(value).toFixed(1), r: 2}));
+      if (at <= high && value <= top && value >= bottom) svg.append(s("circle", {class: `dot s${i}`, cx: sx(at).toFixed(1), cy: sy(value).toFixed(1), r: 2}));
     for (const {key, i, curve} of shown) {
       const points = (name) => [[sx(0), sy(curve[name][0])], ...curve.tokens.map((at, j) => [sx(at), sy(curve[name][j])]), ...(curve.end ? [[sx(high), sy(curve.end[name])]] : [])];
       const measured = curve.source.map((source) => source !== "extrapolated");
@@ -384,6 +390,157 @@ const drawCurves = () => {
   drawCurve(row, "decode_step", "Decode step over KV length", "tokens in the KV cache", " a step");
 };
 
+// ---- an output length that nobody knows ----
+const shareAt = ({budget_ms, share}, budget) => {
+  if (!budget_ms.length) return null;
+  const [low, high, part] = between(budget_ms, budget);
+  return mixed(share[low], share[high], part);
+};
+const drawShares = () => {
+  const section = part("lengths", "When nobody knows how many tokens come out",
+    "The probability that a run stays within a budget, over the table's output lengths: of prompts as measured.");
+  findings(section, "lengths");
+  const row = h("div", {class: "row"});
+  section.append(row);
+  const held = () => chosen.map((key, i) => ({key, i, ...data.shares[key]})).filter(({budget_ms}) => budget_ms.length);
+  const table = behind("P(total ≤ budget) of the chosen configurations", [...data.columns.map((c) => c.name), "budget, ms", "probability"],
+    () => held().flatMap(({key, budget_ms, share}) => budget_ms.map((budget, j) => [...data.keys[key].map(String), budget, share[j]])));
+  sharesChart = chart(row, "P(total ≤ budget)", () => held().length
+    ? `Within ${ms(asked.budget)}: ${held().map((one) => `${label(one.key)} ${percent(shareAt(one, asked.budget))}`).join("; ")}.`
+    : "None of the chosen has a decode step.", (svg, width) => {
+    const shown = held(), [low, high] = extent(shown.flatMap(({budget_ms}) => budget_ms));
+    const {sx, sy, top, bottom} = frame(svg, width, 300, {low, high: Math.max(high, low * 1.1), log: true, label: "budget, ms"}, {low: 0, high: 1, label: "probability", ticks: [0, 0.25, 0.5, 0.75, 1]});
+    for (const {key, i, budget_ms, share} of shown) {
+      svg.append(s("path", {class: `p50 s${i}`, d: path([...budget_ms.map((at, j) => [sx(at), sy(share[j])]), [sx(high), sy(share[share.length - 1])]])}));
+      for (let j = i % 3; j < budget_ms.length; j += 3) svg.append(hover(s("path", {class: `knot s${i}`, d: SHAPES[i], transform: `translate(${sx(budget_ms[j]).toFixed(1)},${sy(share[j]).toFixed(1)}) scale(.7)`}),
+        `${longLabel(key)}: ${percent(share[j])} within ${ms(budget_ms[j])}`));
+    }
+    if (asked.budget >= low && asked.budget <= high) svg.append(s("line", {class: "now", x1: sx(asked.budget), x2: sx(asked.budget), y1: top, y2: bottom}));
+  }, table);
+  const together = new Map();
+  for (const pairs of Object.values(data.lengths)) for (const [tokens, n] of pairs) together.set(tokens, (together.get(tokens) ?? 0) + n);
+  const all = [...together].sort((a, b) => a[0] - b[0]), runs = all.reduce((sum, [, n]) => sum + n, 0), longest = all[all.length - 1][0];
+  const size = Math.max(1, Math.ceil(longest / 48)), bins = new Map();
+  for (const [tokens, n] of all) { const bin = Math.floor((tokens - 1) / size); bins.set(bin, (bins.get(bin) ?? 0) + n); }
+  const lengthTable = behind("Output lengths of the table's runs", ["workload", "output tokens", "runs"], () => Object.entries(data.lengths).flatMap(([name, pairs]) => pairs.map(([tokens, n]) => [name, tokens, n])));
+  chart(row, "Output lengths", () => `${whole(runs)} runs of ${whole(all[0][0])} to ${whole(longest)} output tokens${size > 1 ? `; a bar is ${size} lengths` : ""}. Workloads: ${Object.keys(data.lengths).map(isolated).join(", ")}.`, (svg, width) => {
+    const most = Math.max(...bins.values());
+    const {sx, sy} = frame(svg, width, 300, {low: 0.5, high: Math.ceil(longest / size) * size + 0.5, label: "output tokens"}, {low: 0, high: most * 1.05, label: "runs"});
+    for (const [bin, n] of bins) {
+      const from = bin * size + 0.5, x = sx(from) + 0.5;
+      svg.append(hover(s("rect", {class: "bar", x, y: sy(n), width: Math.max(1, sx(from + size) - x - 0.5), height: sy(0) - sy(n)}),
+        `${size > 1 ? `${bin * size + 1} to ${(bin + 1) * size}` : bin + 1} output tokens: ${whole(n)} runs, ${percent(n / runs)}`));
+    }
+  }, lengthTable);
+};
+
+// ---- runs ----
+const STAGES = ["prefill", "decode step", "decode total", "total"];
+const bars = (svg, width, rows, x, nominal) => { // a row each: a mark, its interval, and its name where there is room
+  const space = rows.length <= 40 ? 17 : Math.max(3, Math.min(9, 900 / rows.length)), named = space >= 12;
+  const left = named ? Math.min(width * 0.42, 12 + 6.4 * Math.max(4, ...rows.map(({name}) => name.replace(/[\u2068\u2069]/g, "").length))) : 14;
+  const height = 52 + rows.length * space;
+  const {sx, top, bottom} = frame(svg, width, height, x, {low: 0, high: 1, ticks: [], label: ""}, {left, top: 12});
+  for (const at of nominal) svg.append(s("line", {class: "now", x1: sx(at), x2: sx(at), y1: top, y2: bottom}));
+  rows.forEach((row, i) => {
+    const y = top + (i + 0.5) * space, inside = (value) => Math.min(Math.max(value, x.low), x.high);
+    const mark = s("g", {class: row.fault ? "s1" : "s0"});
+    if (row.lower !== null) mark.append(s("line", {class: "p50", style: `stroke-width:${Math.min(1.6, space / 3)}`, x1: sx(inside(row.lower)), x2: sx(inside(row.upper)), y1: y, y2: y}));
+    const scaled = Math.min(0.9, space / 13);
+    mark.append(s("path", {class: "knot", d: row.fault ? SHAPES[3] : SHAPES[0], transform: `translate(${sx(inside(row.value)).toFixed(1)},${y.toFixed(1)}) scale(${scaled})`}));
+    svg.append(hover(mark, row.text));
+    if (named) svg.append(hover(s("text", {x: left - 8, y: y + 4, "text-anchor": "end"}, row.name), row.text));
+  });
+};
+const select = (name, values, chosenValue, change) => h("label", {}, name, h("select", {onchange: (event) => change(event.target.value)}, values.map(([value, text]) => h("option", {value, selected: value === chosenValue}, text))));
+
+const drawJudged = () => {
+  const held = data.judged, by = (group, stage) => held[group].filter((score) => score.stage === stage);
+  const clamped = held.n_clamped ? `, ${whole(held.n_clamped)} clamped at zero decode` : "";
+  const left = Object.entries(held.left_out).map(([reason, n]) => `${whole(n)} ${reason}`).join(", ");
+  const section = part("runs", "Against runs", `The table's predictions held against ${whole(held.n_runs)} runs${clamped}${left ? `; left out: ${left}` : ""}. Outliers stay.`);
+  section.append(...held.warnings.map((text) => h("p", {class: "note"}, h("b", {}, "warning: "), bdi(text))));
+  findings(section, "runs");
+  const levels = Object.keys(held.overall[0].coverage), title = (name) => name.toUpperCase().replace("_", ".");
+  section.append(h("div", {class: "scroll"}, dataTable("All runs; errors are of P50, ≤ P95 is the share of observations at or below the predicted P95",
+    ["stage", "n", "R²", "MAE, ms", "MAPE", "median error", "bias", ...levels.map((q) => `pinball ${title(q)}, ms`), ...levels.map((q) => `≤ ${title(q)}`)],
+    held.overall.map((score) => [score.stage, whole(score.n), score.r_squared === null ? "–" : score.r_squared.toFixed(4), score.mae_ms, percent(score.mape), percent(score.median_ape), percent(score.bias),
+      ...levels.map((q) => score.pinball_ms[q]), ...levels.map((q) => percent(score.coverage[q][0]))]))));
+  const row = h("div", {class: "row"}), state = {stage: "total", level: "p95"};
+  section.append(row);
+  const scatterTable = behind("Single runs, a sample", [...data.columns.map((c) => c.name), "observed, ms", "P50, ms", "P95, ms"],
+    () => held.runs.map(([key, observed, p50, p95]) => [...data.keys[key].map(String), observed, p50, p95]));
+  chart(row, "Predicted and observed totals", () => `${whole(held.runs.length)} runs, as many of each configuration. On the solid line a run takes as long as the predicted P50; orange diamonds took longer than their P95.`, (svg, width) => {
+    const shown = held.runs.filter(([, observed, p50]) => observed > 0 && p50 > 0);
+    const [low, high] = extent(shown.flatMap(([, observed, p50]) => [observed, p50]));
+    const axis = {low: low * 0.95, high: high * 1.05, log: true}, {sx, sy} = frame(svg, width, 380, {...axis, label: "predicted P50, ms"}, {...axis, label: "observed, ms"});
+    const dots = [[], []];
+    for (const [, observed, p50, p95] of shown) dots[+(observed > p95)].push(`M${sx(p50).toFixed(1)},${sy(observed).toFixed(1)}`);
+    svg.append(s("path", {class: "dot s0", d: dots[0].map((at) => `${at}m-2,0a2,2 0 1,0 4,0a2,2 0 1,0 -4,0`).join("")}),
+      s("path", {class: "dot s1", style: "opacity:.8", d: dots[1].map((at) => `${at}m0,-3.2l3.2,3.2l-3.2,3.2l-3.2,-3.2z`).join("")}),
+      s("path", {class: "step", d: path([[sx(axis.low), sy(axis.low)], [sx(axis.high), sy(axis.high)]])}));
+  }, scatterTable);
+  const errorTable = behind("By output length", ["stage", "output tokens", "n", "median error", "bias", ...levels.map((q) => `≤ ${title(q)}`)],
+    () => held.by_output_tokens.map((score) => [score.stage, score.output_tokens, whole(score.n), percent(score.median_ape), percent(score.bias), ...levels.map((q) => percent(score.coverage[q][0]))]));
+  chart(row, "Error of P50 by output length", () => `Median of (predicted − observed) / observed: above 0 predicted too high. ${STAGES.map((stage, i) => ["● ", "■ ", "▲ ", "◆ "][i] + stage).filter((_, i) => by("by_output_tokens", STAGES[i]).length).join(", ")}.`, (svg, width) => {
+    const bands = [...new Set(held.by_output_tokens.map((score) => score.output_tokens))].sort((a, b) => parseInt(a) - parseInt(b));
+    const [low, high] = extent([0, ...held.by_output_tokens.map((score) => score.bias)]), gap = Math.max(0.01, (high - low) * 0.1);
+    const {sx, sy, left: from, right: to} = frame(svg, width, 380, {low: -0.5, high: bands.length - 0.5, ticks: bands.map((_, i) => i), text: (i) => bands[i], label: "output tokens"},
+      {low: low - gap, high: high + gap, label: "error", text: (value) => `${+(100 * value).toPrecision(4)} %`}, {left: 60});
+    svg.append(s("line", {class: "now", x1: from, x2: to, y1: sy(0), y2: sy(0)}));
+    STAGES.forEach((stage, i) => {
+      const scores = by("by_output_tokens", stage).filter((score) => score.bias !== null).sort((a, b) => bands.indexOf(a.output_tokens) - bands.indexOf(b.output_tokens));
+      const at = (score) => [sx(bands.indexOf(score.output_tokens)), sy(score.bias)];
+      svg.append(s("path", {class: `p50 s${i}`, d: path(scores.map(at))}), ...scores.map((score) => hover(s("path", {class: `knot s${i}`, d: SHAPES[i], transform: `translate(${at(score).map((v) => v.toFixed(1))})`}),
+        `${stage}, ${score.output_tokens} output tokens: ${percent(score.bias)}, n = ${whole(score.n)}`)));
+    });
+  }, errorTable);
+  const controls = h("div", {class: "controls"});
+  section.append(controls);
+  const coverageTable = behind("Coverage of each configuration, with its 95 % interval", ["stage", ...data.columns.map((c) => c.name), "n", "quantile", "share at or below", "from", "to", "median error", "bias"],
+    () => held.by_key.flatMap((score) => levels.map((q) => [score.stage, ...data.keys[score.place].map(String), whole(score.n), title(q), ...score.coverage[q].map(percent), percent(score.median_ape), percent(score.bias)])));
+  const coverage = chart(section, "Coverage of each configuration", () => {
+    const scores = by("by_key", state.stage), q = data.quantiles[levels.indexOf(state.level)];
+    const off = scores.filter(({coverage: {[state.level]: [, lower, upper]}}) => lower !== null && (lower > q || upper < q)).length;
+    return `Share of the runs whose ${state.stage} stays at or below the predicted ${title(state.level)}; ${percent(q)} is right (dashed). ${scores[0]?.coverage[state.level][1] === null ? "Steps of a run go together: they have no interval." : `Lines are 95 % intervals: ${off} of ${scores.length} leave it out (orange diamonds); of right ones, one in twenty does.`}`;
+  }, (svg, width) => {
+    const q = data.quantiles[levels.indexOf(state.level)];
+    const rows = by("by_key", state.stage).map((score) => {
+      const [value, lower, upper] = score.coverage[state.level];
+      return {name: label(score.place), value, lower, upper, fault: lower !== null && (lower > q || upper < q), text: `${longLabel(score.place)}: ${percent(value)} (${percent(lower)} to ${percent(upper)}), n = ${whole(score.n)} ${state.stage === "decode step" ? "steps" : "runs"}`};
+    }).sort((a, b) => a.value - b.value);
+    const [low] = extent(rows.flatMap((one) => [one.lower, one.value]));
+    bars(svg, width, rows, {low: Math.max(0, Math.floor(low * 20) / 20), high: 1, label: `share at or below the predicted ${title(state.level)}`, text: (value) => `${+(100 * value).toPrecision(3)} %`}, [q]);
+  }, coverageTable);
+  const stages = STAGES.filter((stage) => by("by_key", stage).length);
+  controls.append(select("Stage", stages.map((name) => [name, name]), state.stage, (value) => { state.stage = value; coverage.draw(); }),
+    select("Quantile", levels.map((name) => [name, title(name)]), state.level, (value) => { state.level = value; coverage.draw(); }));
+};
+
+// ---- another table ----
+const drawChanges = () => {
+  const held = data.changes, name = (row) => row.place === null ? "all together" : label(row.place);
+  const counted = ["slower", "faster", "same", "not sure"].map((verdict) => `${held.rows.filter((row) => row.verdict === verdict).length} ${verdict}`).join(", ");
+  const section = part("changes", "What changed", `Since ${isolated(held.old)}: of ${held.rows.length} figures, ${counted}, beyond a tolerance of ${percent(held.tolerance)}. With a probability of 95 % none of the intervals is wrong.`);
+  for (const [title, keys] of [["In the older table alone", held.only_old], ["New", held.only_new]])
+    if (keys.length) section.append(h("p", {}, `${title}: ${keys.map((key) => key.map(isolated).join(" · ")).join("; ")}.`));
+  const change = (ratio) => ratio === null ? "–" : `${ratio >= 1 ? "+" : "−"}${Math.abs(100 * (ratio - 1)).toFixed(1)} %`;
+  const cells = (row) => [row.stage, name(row), level(row.q), row.old_ms, row.new_ms, change(row.ratio), `${change(row.lower)} to ${change(row.upper)}`, `${whole(row.n_old)}, ${whole(row.n_new)}`, row.verdict];
+  const titles = ["stage", "configuration", "quantile", "old, ms", "new, ms", "change", "interval", "runs", ""];
+  section.append(h("div", {class: "scroll"}, dataTable("All configurations together", titles, held.rows.filter((row) => row.place === null).map(cells))));
+  const state = {stage: held.rows.some((row) => row.stage === "total") ? "total" : "prefill", q: "0.95"}, controls = h("div", {class: "controls"});
+  section.append(controls);
+  const shown = () => held.rows.filter((row) => row.place !== null && row.stage === state.stage && row.q === +state.q);
+  const picture = chart(section, "Change of each configuration", () => `New over old, the surest and largest first: ${state.stage}, ${level(+state.q)}. Dashed: no change. Orange diamonds got slower beyond the tolerance.`, (svg, width) => {
+    const rows = shown().map((row) => ({name: name(row), value: row.ratio, lower: row.lower, upper: row.upper, fault: row.verdict === "slower",
+      text: `${longLabel(row.place)}: ${change(row.ratio)} (${change(row.lower)} to ${change(row.upper)}), ${ms(row.old_ms)} to ${ms(row.new_ms)}; ${row.verdict}; n = ${whole(row.n_old)} and ${whole(row.n_new)}`}));
+    const [low, high] = extent([0.98, 1.02, ...rows.flatMap((row) => [row.lower, Math.min(row.upper, 4)])]);
+    bars(svg, width, rows, {low, high, log: high > 3 * low, label: "new / old", text: (value) => change(value)}, [1]);
+  }, behind("Every change, the surest and largest first", titles, () => held.rows.map(cells)));
+  controls.append(select("Stage", [...new Set(held.rows.map((row) => row.stage))].map((value) => [value, value]), state.stage, (value) => { state.stage = value; picture.draw(); }),
+    select("Quantile", [...new Set(held.rows.map((row) => row.q))].sort().map((q) => [String(q), level(q)]), state.q, (value) => { state.q = value; picture.draw(); }));
+};
+
 const toggle = (key) => {
   chosen = chosen.includes(key) ? chosen.filter((held) => held !== key) : [...chosen, key].slice(-MOST_CHOSEN);
   redrawChosen();
@@ -396,6 +553,9 @@ const redrawChosen = () => {
 
 const budget = drawBudget();
 drawCurves();
+if (data.shares) drawShares();
+if (data.judged) drawJudged();
+if (data.changes) drawChanges();
 document.getElementById("parts").append(...[...document.querySelectorAll("main > section")].map((section) => h("li", {}, h("a", {href: `#${section.id}`}, section.querySelector("h2").textContent))));
 budget.start();
 redrawChosen();

@@ -17,19 +17,24 @@ from typing import Any
 import numpy as np
 
 from lutest.charts.figures import common_lengths, curve, shares_within, totals
+from lutest.charts.judged import judged
+from lutest.judging.diff import Diff, diff
 from lutest.judging.finding import count
 from lutest.reader.errors import BuildError
 from lutest.reader.loading import load
 from lutest.reader.rows import html_table
 from lutest.reader.search import BUDGET_QUANTILE
 from lutest.reader.table import LatencyTable
+from lutest.runs.configuration import Config
+from lutest.runs.sources import Progress, Source
 from lutest.tablefile.description import describe
 from lutest.tablefile.store import replaceable, replacing
 
 PREFILL_SHARE = 0.8  # of the budget, where the output length is not known: the default of `table.feasible`
 _DIGITS = 9  # significant, of every number in the page
 _MOST_BESIDE, _LEAST_FILLED = 6, 0.35  # tables beside each other; share of their places that are configurations
-_MOST_LISTED = 20
+_MOST_LISTED = 8
+_OF_CHANGE = ("stage", "q", "old_ms", "new_ms", "n_old", "n_new", "ratio", "lower", "upper", "verdict")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,15 @@ class ReportSummary:
     seconds: float
 
 
-def report(table: LatencyTable | str | os.PathLike[str], output: str | os.PathLike[str]) -> ReportSummary:
+def report(
+    table: LatencyTable | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    runs: Source | Sequence[Source] | None = None,
+    against: LatencyTable | str | os.PathLike[str] | None = None,
+    config: Config | None = None,
+    progress: Progress | None = None,
+) -> ReportSummary:
     """Write a table as one HTML file that opens from a disk or an e-mail, without a network.
 
     Parameters
@@ -50,6 +63,14 @@ def report(table: LatencyTable | str | os.PathLike[str], output: str | os.PathLi
         A table that was read from a table file.
     output : path
         The HTML file to write.
+    runs : path, DataFrame, or sequence of them, optional
+        Runs to judge the table by, as `evaluate` and `diagnose` do.
+    against : LatencyTable or path, optional
+        An older table, to show what changed since, as `diff` does.
+    config : path, mapping or BuildConfig, optional
+        How the runs are read, as for `evaluate`.
+    progress : callable, optional
+        Called with (what, done, total) now and then while runs are read.
 
     Returns
     -------
@@ -58,12 +79,17 @@ def report(table: LatencyTable | str | os.PathLike[str], output: str | os.PathLi
     Raises
     ------
     LutestError
-        The table cannot be read, or the file not be written.
+        A table or the runs cannot be read, or the file not be written; as `evaluate` and `diff`.
     """
     started = time.monotonic()
     held = table if isinstance(table, LatencyTable) else load(table)
     target = replaceable(Path(output), [Path(held.path)], "report")
-    text = _page(held)
+    content = page_content(held)
+    if runs is not None:
+        content["judged"] = judged(held, runs, config, progress)
+    if against is not None:
+        content["changes"] = _changes(held, diff(against, held))
+    text = _page(held, content)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary:
@@ -73,9 +99,8 @@ def report(table: LatencyTable | str | os.PathLike[str], output: str | os.PathLi
     return ReportSummary(Path(output), target.stat().st_size, time.monotonic() - started)
 
 
-def _page(table: LatencyTable) -> str:
+def _page(table: LatencyTable, content: Mapping[str, Any]) -> str:
     description = describe(table)
-    content = page_content(table)
     models, devices = (_named(description["meta"].get(name)) for name in ("model", "device"))
     heading = f"{'; '.join(models) or 'A model'} on {'; '.join(devices) or 'a device that the runs do not name'}"
     parts = {
@@ -180,6 +205,26 @@ def _layout(table: LatencyTable, levels: Sequence[Sequence[object]]) -> dict[str
     if len(table) < _LEAST_FILLED * len(rows) * len(levels[across]):
         return none
     return {"across": across, "beside": beside, "down": down}
+
+
+def _changes(table: LatencyTable, found: Diff) -> dict[str, Any]:
+    """What changed since an older table, a configuration by its place in the new one."""
+    places = {key: place for place, key in enumerate(table.keys)}
+    rows = [
+        {
+            **{name: value for name, value in vars(change).items() if name != "key"},
+            "place": change.key and places[change.key],
+        }
+        for change in found.changes
+    ]
+    only = {name: [list(key) for key in getattr(found, name)] for name in ("only_old", "only_new")}
+    return {
+        "old": Path(found.old).name,
+        "new": Path(found.new).name,
+        "tolerance": found.tolerance,
+        "rows": rows,
+        **only,
+    }
 
 
 def _named(text: str | None) -> list[str]:

@@ -57,8 +57,13 @@ argument = partial(methodcaller, "add_argument")
 def add_runs(parser: argparse.ArgumentParser) -> None:
     """Adds runs, and how they are read."""
     runs = "files, folders and globs of runs (default: those of the configuration)"
-    option = "one option of it, such as columns.tier.constant=low"
     parser.add_argument("runs", nargs="*", metavar="RUNS", help=runs)
+    add_reading(parser)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Adds how runs are read."""
+    option = "one option of it, such as columns.tier.constant=low"
     parser.add_argument("--config", metavar="FILE", help="build configuration, such as tables/build.yaml")
     parser.add_argument("--set", dest="options", action="append", default=[], metavar="NAME=VALUE", help=option)
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import lutest
-from lutest.cli.arguments import JSON, TABLE, Answer, add_runs, given_runs, verb
+from lutest.cli.arguments import JSON, TABLE, Answer, add_runs, argument, given_runs, verb
 from lutest.cli.printing import format_table, one_line, working
 from lutest.judging.finding import SEVERITIES, Finding, count, plain
 from lutest.reader.names import quantile_suffix
 
 if TYPE_CHECKING:
+    from lutest.judging.diff import Change
     from lutest.judging.evaluate import Evaluation, Score
 
 _WIDTH = 110
+_SLOWER = 1  # exit code
+_MOST_LINES = 20
 
 
 @verb("lutest evaluate tables/mine.duckdb held-out/", TABLE, add_runs, JSON)
@@ -37,6 +41,51 @@ def diagnose(arguments: argparse.Namespace) -> Answer:
     with working() as progress:
         findings = lutest.diagnose(runs, config=config, progress=progress)
     return Answer({"findings": [finding.as_dict() for finding in findings]}, [render_findings(findings)])
+
+
+@verb(
+    "lutest diff tables/yesterday.duckdb tables/mine.duckdb",
+    argument("old", metavar="OLD", help="older table file"),
+    argument("new", metavar="NEW", help="newer table file"),
+    argument(
+        "--tolerance", type=float, default=0.05, metavar="T", help="what still counts as the same (default: 0.05)"
+    ),
+    JSON,
+)
+def diff(arguments: argparse.Namespace) -> Answer:
+    """Say what changed between two tables; exit code 1 if something got slower."""
+    found = lutest.diff(arguments.old, arguments.new, tolerance=arguments.tolerance)
+    whole = [change for change in found.changes if change.key is None]
+    single = [change for change in found.changes if change.key is not None]
+    headers = ["stage", "configuration", "quantile", "old ms", "new ms", "change %", "interval %", "runs", ""]
+    lines = [format_table(headers, list(map(_change_row, whole + single[:_MOST_LINES])))]
+    if len(single) > _MOST_LINES:
+        lines.append(f"and {len(single) - _MOST_LINES} more of single configurations, less sure or smaller")
+    for name, keys in (("old", found.only_old), ("new", found.only_new)):
+        if keys:
+            lines.append(f"in the {name} table alone: {'; '.join(' '.join(map(str, key)) for key in keys)}")
+    counts = Counter(change.verdict for change in found.changes)
+    told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("slower", "faster", "same", "not sure"))
+    lines.append(f"{told}, beyond a tolerance of {found.tolerance:g}; no interval is wrong with a probability of 95 %")
+    return Answer(found.as_dict(), lines, _SLOWER if found.slower else 0)
+
+
+def _change_row(change: Change) -> list[object]:
+    name = "all" if change.key is None else " ".join(map(str, change.key))
+    interval = f"{_change(change.lower)} to {_change(change.upper)}"
+    row: list[object] = [
+        change.stage,
+        name,
+        f"P{100 * change.q:g}",
+        change.old_ms,
+        change.new_ms,
+        _change(change.ratio),
+    ]
+    return [*row, interval, f"{change.n_old:,}, {change.n_new:,}", change.verdict]
+
+
+def _change(ratio: float) -> str:
+    return f"{100.0 * (ratio - 1.0):+.1f}"
 
 
 @verb("lutest verify tables/mine.duckdb", TABLE, JSON)

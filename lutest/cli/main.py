@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0 for success, 1 for a table that `check` finds not to hold, 2 for bad input, 130 for an interrupt.
+        Exit code: 0 for success, 1 for a table that `check` finds not to hold or in
+        which `diff` finds something slower, 2 for bad input, 130 for an interrupt.
 
     Raises
     ------

@@ -163,16 +163,21 @@ def evaluate(
     held = table if isinstance(table, LatencyTable) else load(table)
     with work_database() as connection:
         left_out = match_runs(connection, held, runs, config, progress)
-        judged = connection.execute(
-            """
-            SELECT key_id, prompt_tokens, output_tokens, prefill_ms, decode_ms, total_ms, clamped
-            FROM matched_runs
-            ORDER BY source_id, "row"
-            """
-        ).df()
-        with_decode = [i for i, key in enumerate(held.figures.keys) if key.decode_curve is not None]
-        steps, n_all_steps = _timed_steps(connection, with_decode)
-        warnings = list(_provenance_warnings(connection, held, judged))
+        return evaluate_matched(connection, held, left_out)
+
+
+def evaluate_matched(connection: duckdb.DuckDBPyConnection, held: LatencyTable, left_out: dict[str, int]) -> Evaluation:
+    """As `evaluate`, of the runs in ``matched_runs``."""
+    judged = connection.execute(
+        """
+        SELECT key_id, prompt_tokens, output_tokens, prefill_ms, decode_ms, total_ms, clamped
+        FROM matched_runs
+        ORDER BY source_id, "row"
+        """
+    ).df()
+    with_decode = [i for i, key in enumerate(held.figures.keys) if key.decode_curve is not None]
+    steps, n_all_steps = _timed_steps(connection, with_decode)
+    warnings = list(_provenance_warnings(connection, held, judged))
     if len(steps) < n_all_steps:
         warnings.append(
             f"decode steps are judged by {len(steps):,} of {n_all_steps:,}, whole runs picked by their hash"

@@ -38,6 +38,22 @@ def coverage(observed: ArrayLike, predicted: ArrayLike) -> float:
     return _mean((value <= estimate).astype(np.float64))
 
 
+def coverage_interval(share: ArrayLike, n: ArrayLike, level: float = 0.95) -> tuple[Floats, Floats]:
+    """Confidence interval of a share of `n` independent observations; it never falls short of its level.
+
+    References
+    ----------
+    C. Clopper and E. Pearson, The Use of Confidence or Fiducial Limits, Biometrika 26 (1934).
+    """
+    from scipy.special import betaincinv
+
+    n = np.asarray(n, dtype=np.float64)
+    k, outside = np.round(np.asarray(share) * n), 0.5 * (1.0 - level)
+    lower = np.where(k > 0, betaincinv(np.maximum(k, 1.0), n - k + 1.0, outside), 0.0)
+    upper = np.where(k < n, betaincinv(k + 1.0, np.maximum(n - k, 1.0), 1.0 - outside), 1.0)
+    return lower, upper
+
+
 def r_squared(observed: ArrayLike, predicted: ArrayLike) -> float:
     """Share of the variance explained; NaN where the observations are all equal."""
     value, estimate = _paired(observed, predicted)

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy.stats import binomtest
 
 import lutest
-from lutest.builder.build import build
 from lutest.cli.main import main
-from tests.runs_frame import keyed, noisy_runs
+from lutest.tablefile.description import describe
+from tests.charts.strange import STRANGE, build_strange_table
 
-STRANGE = ("</script><script>alert(1)</script>", "\"'><b>&amp;", "שלום \u202eabc", "{data} {script}")
 EXACT = 1e-8  # the page has nine digits
 
 
@@ -61,15 +62,7 @@ def page_of(table: Path | lutest.LatencyTable, folder: Path) -> Page:
 
 @pytest.fixture(scope="module")
 def strange_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Names that are markup or read from right to left, qualities, and a configuration without a decode step."""
-    runs = noisy_runs([(name, 4, blocks) for name in STRANGE for blocks in (12, 14)], runs_per_key=12)
-    runs = keyed(runs, ("<i>way</i>", "top_k", "num_blocks")).assign(model=STRANGE[0], device=STRANGE[2])
-    runs["accuracy"] = np.random.default_rng(0).uniform(size=len(runs)).round()
-    short = (runs["<i>way</i>"] == STRANGE[0]) & (runs["num_blocks"] == 14)
-    runs.loc[short, ["output_tokens", "decode_ms"]] = 1, 0.0
-    runs.loc[short, "decode_steps_ms"] = None
-    path = tmp_path_factory.mktemp("strange <b>") / "table's <img src=x>.duckdb"
-    return build({"key": ["<i>way</i>", "top_k", "num_blocks"]}, runs=runs, output=path).output
+    return build_strange_table(tmp_path_factory.mktemp("strange <b>"))
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +124,76 @@ def test_curves_and_shares_are_those_of_entries(direct_table: Path, direct_page:
         assert shares["share"] == sorted(shares["share"])
 
 
-def test_the_page_says_what_the_table_is(direct_page: Page) -> None:
-    for said in ("27 configurations", "2,004", "21 outlier", "low · 4 · 16", "3 more wanted", "direct.parquet"):
-        assert said in direct_page.text.replace("\u2068", "").replace("\u2069", ""), said
+@pytest.fixture(scope="module")
+def judged_page(direct_table: Path, direct_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    output = tmp_path_factory.mktemp("judged") / "report.html"
+    assert main(["report", str(direct_table), "--runs", str(direct_runs), "-o", str(output)]) == 0
+    return Page(output)
+
+
+def test_runs_are_judged_as_evaluate_and_diagnose_do(direct_table: Path, direct_runs: Path, judged_page: Page) -> None:
+    held, right = judged_page.data["judged"], lutest.evaluate(direct_table, direct_runs)
+    assert (held["n_runs"], held["left_out"]) == (right.n_runs, right.left_out)
+    assert held["warnings"] == list(right.warnings)
+    for group in ("overall", "by_output_tokens", "by_key"):
+        for found, score in zip(held[group], getattr(right, group), strict=True):
+            key = None if found["place"] is None else judged_page.configurations()[found["place"]]
+            assert (key, found["stage"], found["output_tokens"], found["n"]) == (
+                score.key, score.stage, score.output_tokens, score.n,
+            )  # fmt: skip
+            for name in ("mae_ms", "median_ape", "bias"):
+                assert found[name] == pytest.approx(getattr(score, name), rel=EXACT)
+            for (share, low, high), covered in zip(found["coverage"].values(), score.coverage.values(), strict=True):
+                assert share == pytest.approx(covered, rel=EXACT)
+                if score.stage == "decode step":
+                    assert (low, high) == (None, None)
+                else:
+                    interval = binomtest(round(covered * score.n), score.n).proportion_ci()
+                    assert (low, high) == pytest.approx((interval.low, interval.high), rel=EXACT)
+    findings = [(finding.name, finding.sentence) for finding in lutest.diagnose(direct_runs)]
+    assert [(finding["name"], finding["sentence"]) for finding in held["findings"]] == findings
+
+
+def test_dots_are_runs(direct_table: Path, direct_frame: pd.DataFrame, judged_page: Page) -> None:
+    table, held = lutest.load(direct_table), judged_page.data["judged"]
+    assert len(held["runs"]) > 1900
+    seen = {tuple(np.round(pair, 4)) for pair in direct_frame[["prompt_tokens", "prefill_ms"]].to_numpy()}
+    for place, dots in held["dots"]["prefill"].items():
+        assert {tuple(np.round(dot, 4)) for dot in dots} <= seen
+        assert len(dots) == sum(place == str(run[0]) for run in held["runs"])
+    totals = set(np.round(direct_frame["total_ms"], 4))
+    assert {round(observed, 4) for _, observed, *_ in held["runs"]} <= totals
+    above = np.mean([observed > p95 for _, observed, _, p95 in held["runs"]])
+    (score,) = (score for score in lutest.evaluate(table, direct_frame).overall if score.stage == "total")
+    assert above == pytest.approx(1.0 - score.coverage[0.95], abs=0.01)
+
+
+def test_changes_are_those_of_diff(direct_table: Path, subtraction_table: Path, tmp_path: Path) -> None:
+    page = Page(lutest.report(direct_table, tmp_path / "page.html", against=subtraction_table).output)
+    right = lutest.diff(subtraction_table, direct_table)
+    places = {key: place for place, key in enumerate(page.configurations())}
+    for found, change in zip(page.data["changes"]["rows"], right.changes, strict=True):
+        assert found["place"] == (None if change.key is None else places[change.key])
+        assert (found["stage"], found["q"], found["verdict"]) == (change.stage, change.q, change.verdict)
+        names = ("ratio", "lower", "upper", *(("old_ms", "new_ms") if change.key else ()))
+        assert [found[name] for name in names] == pytest.approx([getattr(change, name) for name in names], rel=EXACT)
+    assert page.data["changes"]["only_new"] == [list(key) for key in right.only_new]
+
+
+def test_the_page_says_what_the_table_is(direct_table: Path, direct_page: Page) -> None:
+    held = describe(lutest.load(direct_table))
+    text = direct_page.text.replace("\u2068", "").replace("\u2069", "")
+    (source,) = held["sources"]
+    for said in (
+        "27 configurations",
+        f"{source['rows_used']:,}",
+        f"{source['rows_read']:,} read",
+        "direct.parquet",
+        held["meta"]["content_hash"],
+        *(f"{n} {reason}" for reason, n in held["rejected"].items()),
+        *(f"({key['n']}, {key['runs_wanted']} more wanted)" for key in held["keys"] if key["runs_wanted"]),
+    ):
+        assert said in text, said
 
 
 def test_the_page_needs_nothing_outside_of_itself(direct_page: Page) -> None:
