@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import duckdb
 from hypothesis import settings
+from scipy.stats import norm
 
 from lutest.reader.figures import Curve, Figures, KeyColumn, KeyFigures, Quality, Summary, TotalRatios
 from lutest.reader.names import SCHEMA_VERSION
+from lutest.reader.over_lengths import OUTERMOST_SCORE
 from lutest.tablefile.schema import STORAGE_VERSION, TABLES
 
 settings.register_profile("untimed", deadline=None)  # machines that run tests are shared
@@ -155,3 +159,17 @@ def write_file(figures: Figures, path: Path) -> Path:
             for row in reversed(rows[table.name]):  # a reader must not rely on their order
                 connection.execute(f"INSERT INTO {table.name} VALUES ({', '.join('?' * len(row))})", row)
     return path
+
+
+def within_of(totals: Sequence[float], quantiles: Sequence[float], budget: float) -> float:
+    """Probability that a total stays within a budget, from its values at the quantiles, which do not fall."""
+    scores = norm.ppf(quantiles)
+    j = bisect_right(totals, budget)
+    first = min(max(j - 1, 0), len(totals) - 2)
+    rise = totals[first + 1] - totals[first]
+    if rise <= 0.0:
+        return float(j > 0)
+    score = scores[first] + (budget - totals[first]) * (scores[first + 1] - scores[first]) / rise
+    if abs(score) < max(OUTERMOST_SCORE, *abs(scores)):
+        return float(norm.cdf(score))
+    return float(score > 0.0)

@@ -28,38 +28,29 @@ class Places(NamedTuple):
 
 
 class Level(NamedTuple):
-    """What totals at one quantile are made of: arrays of NumPy, or tensors.
+    """What totals at one quantile are made of: arrays of NumPy, or tensors, of rows of coefficients over the length.
 
-    Of every piece the coefficients over the length, from the constant one on: of the P50 of prefill, of how far the
-    quantile is from it, of the sum of the P50 steps, of the median ratio of decode to that, and of how far its quantile
-    is from it. Then for every key: its own P50 of prefill, how far its own quantile is from it, and twice the
-    correlation of prefill and decode.
+    One row is taken at once, which costs no more than one number. Rows of pieces: `prefill` has constant and slope of
+    the P50 of prefill, and of how far the quantile is from it; `steps` the three coefficients of the sum of the P50
+    steps, and twice the correlation of prefill and decode; `ratio` constant and slope of the median ratio of decode to
+    that sum, and of how far its quantile is from it. Rows of keys: `own` has the key's own P50 of prefill, and how far
+    its own quantile is from it.
     """
 
-    prefill_0: Any
-    prefill_1: Any
-    apart_0: Any
-    apart_1: Any
-    sum_0: Any
-    sum_1: Any
-    sum_2: Any
-    ratio_0: Any
-    ratio_1: Any
-    spread_0: Any
-    spread_1: Any
+    prefill: Any
+    steps: Any
+    ratio: Any
     own: Any
-    own_apart: Any
-    correlated: Any
 
 
-_NOTHING = ((1, 0.0, 0.0, 0.0, 0.0),)  # stands for the ratio where nothing is known of decode
+NOTHING = ((1, 0.0, 0.0, 0.0, 0.0),)  # stands for the ratio where nothing is known of decode
 
 
 def flat_places(pieces: Sequence[KeyPieces], median: int) -> Places:
     """Where the pieces of all keys start."""
     curves = [by_length(held, median, median) for held in pieces]
     held = [SPAN * number + row[0] for number, curve in enumerate(curves) for row in curve.held]
-    out = [SPAN * number + row[0] for number, curve in enumerate(curves) for row in curve.out or _NOTHING]
+    out = [SPAN * number + row[0] for number, curve in enumerate(curves) for row in curve.out or NOTHING]
     return Places(np.array(held, dtype=np.int64), np.array(out, dtype=np.int64))
 
 
@@ -67,68 +58,70 @@ def flat_level(figures: Figures, pieces: Sequence[KeyPieces], i: int) -> Level:
     """The pieces of a table at its i-th quantile, as NumPy arrays."""
     median = figures.quantiles.index(0.5)
     curves = [by_length(held, median, i) for held in pieces]
-    held = np.array([row[1:] for curve in curves for row in curve.held]).T
-    out = np.array([row[1:] for curve in curves for row in curve.out or _NOTHING]).T
+    held = np.array([row[1:] for curve in curves for row in curve.held])
+    correlated = [
+        2.0 * key.correlations[i] for key, curve in zip(figures.keys, curves, strict=True) for _ in curve.held
+    ]
+    ratio = np.array([row[1:] for curve in curves for row in curve.out or NOTHING])
     own = np.array([held.prefill.quantiles_ms for held in figures.keys])
-    correlated = np.array([2.0 * held.correlations[i] for held in figures.keys])
-    columns = (*held, *out, own[:, median], abs(own[:, i] - own[:, median]), correlated)
-    return Level(*map(np.ascontiguousarray, columns))
+    own_rows = np.stack([own[:, median], abs(own[:, i] - own[:, median])], axis=1)
+    return Level(np.ascontiguousarray(held[:, :4]), np.column_stack([held[:, 4:], correlated]), ratio, own_rows)
 
 
-def prefill_at(level: Level, piece: Any, prompt: Any) -> tuple[Any, Any]:
-    """P50 of prefill at prompt lengths, as floats, in their pieces; and how far its quantile is from it."""
-    return _line(level.prefill_0, level.prefill_1, piece, prompt), _line(level.apart_0, level.apart_1, piece, prompt)
+def prefill_at(rows: Any, prompt: Any) -> tuple[Any, Any]:
+    """P50 of prefill at prompt lengths, as floats, from their rows; and how far its quantile is from it."""
+    return _line(rows, 0, prompt), _line(rows, 2, prompt)
 
 
-def decode_at(level: Level, pieces: tuple[Any, Any, Any], lengths: tuple[Any, Any, Any]) -> tuple[Any, Any]:
-    """P50 of decode, and how far its quantile is from it; pieces and lengths of the prompt, of its end, of the output.
+def steps_at(at_prompt: Any, at_end: Any, prompt: Any, end: Any) -> Any:
+    """Sum of the P50 steps from a prompt to where the output ends, both floats, from their rows."""
+    steps_ms = _sum(at_end, end)
+    steps_ms -= _sum(at_prompt, prompt)
+    return steps_ms
 
-    Lengths are floats; an output that ends where its prompt does (one token) has no decode, exactly.
+
+def decode_at(at_out: Any, out: Any, steps_ms: Any) -> tuple[Any, Any]:
+    """P50 of decode, and how far its quantile is from it, from the rows of output lengths, which are floats.
+
+    An output that ends where its prompt does (one token) has no decode, exactly.
     """
-    at_prompt, at_end, at_out = pieces
-    prompt, end, out = lengths
-    steps_ms = _sum(level, at_end, end)
-    steps_ms -= _sum(level, at_prompt, prompt)
-    middle, spread = (
-        _line(level.ratio_0, level.ratio_1, at_out, out),
-        _line(level.spread_0, level.spread_1, at_out, out),
-    )
+    middle, spread = _line(at_out, 0, out), _line(at_out, 2, out)
     middle *= steps_ms
     spread *= steps_ms
     return middle, spread
 
 
+def deviation(a: Any, d: Any, correlated: Any) -> Any:
+    """√(a² + d² + 2cad): how far a quantile of a total is from the sum of the P50s; a of prefill, d of decode."""
+    mixed = d + correlated * a
+    mixed *= d
+    mixed += a * a
+    mixed **= 0.5
+    return mixed
+
+
 def total_at(prefill: tuple[Any, Any], decode: tuple[Any, Any], correlated: Any, side: float) -> Any:
-    """Totals from P50 and distance of the quantile of prefill and decode, which are overwritten.
+    """Totals from P50 and distance of the quantile of prefill and decode.
 
     `side` is 1 for quantiles above the median, -1 for those below, and 0 for the median itself.
     """
-    middle, a = prefill
-    decode_middle, d = decode
-    middle += decode_middle
+    middle: Any = prefill[0] + decode[0]
     if side:
-        mixed = correlated * d
-        mixed += a
-        mixed *= a
-        d *= d
-        mixed += d  # a² + d² + 2cad
-        mixed **= 0.5
-        mixed *= side
-        middle += mixed
+        apart = deviation(prefill[1], decode[1], correlated)
+        apart *= side
+        middle += apart
     return middle
 
 
-def _line(constant: Any, slope: Any, piece: Any, x: Any) -> Any:
-    value = slope.take(piece)
-    value *= x
-    value += constant.take(piece)
+def _line(rows: Any, first: int, x: Any) -> Any:
+    value = rows[..., first + 1] * x
+    value += rows[..., first]
     return value
 
 
-def _sum(level: Level, piece: Any, x: Any) -> Any:
-    value = level.sum_2.take(piece)
+def _sum(rows: Any, x: Any) -> Any:
+    value = rows[..., 2] * x
+    value += rows[..., 1]
     value *= x
-    value += level.sum_1.take(piece)
-    value *= x
-    value += level.sum_0.take(piece)
+    value += rows[..., 0]
     return value

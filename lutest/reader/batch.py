@@ -9,10 +9,23 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lutest.reader.arguments import MAX_TOKENS, key_values, quantile_index
-from lutest.reader.arrays import SPAN, Floats, Ints, decode_at, flat_level, flat_places, prefill_at, total_at
+from lutest.reader.arrays import (
+    SPAN,
+    Floats,
+    Ints,
+    decode_at,
+    deviation,
+    flat_level,
+    flat_places,
+    prefill_at,
+    steps_at,
+    total_at,
+)
 from lutest.reader.curves import key_pieces
 from lutest.reader.errors import ArgumentError, NoDecodeDataError, UnknownKeyError
 from lutest.reader.figures import Figures, Key, described_key
+from lutest.reader.lengths import lengths_by_workload, lengths_of
+from lutest.reader.over_lengths import ALL, LEAST_MS, MORE, levels_of, mean_of, share_within
 
 _CHUNK = 8192  # elements at a time, so that what lies between two steps stays in the cache
 _INDEX_BYTES = 4 << 20  # of the tables from (key, length) to a piece; beyond, lengths are searched for
@@ -44,6 +57,7 @@ class Batch:
         self._places = flat_places(pieces, self._median)
         self._levels = [flat_level(figures, pieces, i) for i in range(len(self._quantiles))]
         self._typical_prompt = np.array([key.prompt_tokens_p50 for key in figures.keys], dtype=np.int64)
+        self._lengths = lengths_by_workload(figures.output_lengths)
         self._has_decode = np.array([key.step is not None for key in pieces])
         last = max(int((places % SPAN).max()) for places in self._places)
         self._width = max(1, min(last + 1, _INDEX_BYTES // (16 * len(pieces))))
@@ -167,9 +181,7 @@ class Batch:
         self, ids: ArrayLike, budget_ms: ArrayLike, prompt_tokens: ArrayLike | None = None, q: float = 0.95
     ) -> Ints:
         """As `Entry.max_output_tokens`, in the broadcast shape of the arguments; -1 where the id is -1."""
-        i, budgets = quantile_index(self._quantiles, q), np.asarray(budget_ms)
-        if budgets.dtype.kind not in "iuf" or not ((budgets > 0) & (budgets < np.inf)).all():
-            raise ArgumentError(f"budget_ms holds {budgets.tolist()!r:.60}; allowed: finite milliseconds above 0")
+        i, budgets = quantile_index(self._quantiles, q), _budgets(budget_ms)
         request = self._request(ids, {"prompt_tokens": prompt_tokens, "output_tokens": 1}, budgets.shape)
         budget = _flat(budgets.astype(np.float64), request.shape)
         prompt, one = request.tokens
@@ -188,41 +200,94 @@ class Batch:
             rows = rows[(high[rows] - low[rows] > 1) & (low[rows] < MAX_TOKENS)]
         return low.reshape(request.shape)
 
+    def p_within(
+        self,
+        ids: ArrayLike,
+        budget_ms: ArrayLike,
+        prompt_tokens: ArrayLike | None = None,
+        workload: str | None = None,
+    ) -> Floats:
+        """As `Entry.p_within`: probabilities, in the broadcast shape of the arguments."""
+        budgets, levels = _budgets(budget_ms), levels_of(self._quantiles)
+        request = self._request(ids, {"prompt_tokens": prompt_tokens}, budgets.shape)
+        budget = MORE * _flat(budgets.astype(np.float64), request.shape)[:, None]
+        within = self._over_lengths(request, workload, lambda part, *total: share_within(levels, budget[part], *total))
+        within[within > ALL] = 1.0
+        return within
+
+    def expected_total_ms(
+        self, ids: ArrayLike, prompt_tokens: ArrayLike | None = None, workload: str | None = None
+    ) -> Floats:
+        """As `Entry.expected_total_ms`: milliseconds, in the broadcast shape of the arguments."""
+        levels = levels_of(self._quantiles)
+        request = self._request(ids, {"prompt_tokens": prompt_tokens})
+        return self._over_lengths(request, workload, lambda _, *total: mean_of(levels, *total))
+
+    def _over_lengths(
+        self, request: _Request, workload: str | None, of_totals: Callable[[slice, Floats, list[Floats]], Floats]
+    ) -> Floats:
+        """Means over the output lengths of something of totals: of their P50 and deviations from it at the levels."""
+        lengths = lengths_of(self._lengths, workload)
+        n, shares = np.array(lengths.tokens), np.array(lengths.shares)
+        if n[-1] > 1:
+            self._need_decode(request, None)
+
+        def answer(part: slice) -> Floats:
+            key, (prompt,) = request.key[part, None], request.tokens
+            start = self._typical_prompt.take(key) if prompt is None else prompt[part, None]
+            end = start + n - 1
+            piece, at_end, at_out = (self._piece(curve, key, x) for curve, x in ((0, start), (0, end), (1, n)))
+            steps = self._levels[0].steps
+            lengths_ms = start.astype(np.float64), end.astype(np.float64)
+            steps_ms = steps_at(steps.take(piece, 0), steps.take(at_end, 0), *lengths_ms)
+            middle, deviations = np.zeros(0), []
+            for i, level in enumerate(self._levels):
+                prefill, apart = self._prefill(i, key, None if prompt is None else start, piece)
+                decode, spread = decode_at(level.ratio.take(at_out, 0), n.astype(np.float64), steps_ms)
+                if i == self._median:
+                    middle = prefill + decode
+                correlated = level.steps.take(piece, 0)[..., 3]
+                deviations.append(self._side(i) * deviation(np.maximum(apart, LEAST_MS), spread, correlated))
+            found: Floats = of_totals(part, middle, deviations) @ shares
+            return found
+
+        return _filled(request, answer, max(1, _CHUNK // len(n)))
+
     def _totals(self, i: int, request: _Request) -> Floats:
         def answer(part: slice) -> Floats:
             key, prompt = request.key[part], request.tokens[0]
-            decode, piece = self._decode(i, request, part)
+            decode, piece, correlated = self._decode(i, request, part)
             prefill = self._prefill(i, key, None if prompt is None else prompt[part], piece)
-            total: Floats = total_at(prefill, decode, self._levels[i].correlated.take(key), self._side(i))
+            total: Floats = total_at(prefill, decode, correlated, self._side(i))
             return total
 
         self._need_decode(request, request.tokens[1])
         return _filled(request, answer)
 
-    def _decode(self, i: int, request: _Request, part: slice) -> tuple[tuple[Floats, Floats], Ints]:
-        """Median of decode and distance of its quantile, and the pieces that the prompts are in."""
+    def _decode(self, i: int, request: _Request, part: slice) -> tuple[tuple[Floats, Floats], Ints, Floats]:
+        """Median of decode and distance of its quantile; the prompts' pieces; twice the correlation with prefill."""
         key, (prompt, tokens) = request.key[part], request.tokens
         assert tokens is not None
-        start, n = self._typical_prompt.take(key) if prompt is None else prompt[part], tokens[part]
+        level, n = self._levels[i], tokens[part]
+        start = self._typical_prompt.take(key) if prompt is None else prompt[part]
         end = start + n - 1
-        pieces = self._piece(0, key, start), self._piece(0, key, end), self._piece(1, key, n)
-        lengths = start.astype(np.float64), end.astype(np.float64), n.astype(np.float64)
-        return decode_at(self._levels[i], pieces, lengths), pieces[0]
+        piece, at_end, at_out = (self._piece(curve, key, x) for curve, x in ((0, start), (0, end), (1, n)))
+        rows = level.steps.take(piece, 0)
+        steps_ms = steps_at(rows, level.steps.take(at_end, 0), start.astype(np.float64), end.astype(np.float64))
+        return decode_at(level.ratio.take(at_out, 0), n.astype(np.float64), steps_ms), piece, rows[:, 3]
 
     def _prefill(self, i: int, key: Ints, prompt: Ints | None, piece: Ints | None) -> tuple[Floats, Floats]:
-        level = self._levels[i]
         if prompt is None:
-            return level.own.take(key), level.own_apart.take(key)
-        found: tuple[Floats, Floats] = prefill_at(level, piece, prompt.astype(np.float64))
+            own = self._levels[i].own.take(key, 0)
+            return own[..., 0], own[..., 1]
+        found: tuple[Floats, Floats] = prefill_at(self._levels[i].prefill.take(piece, 0), prompt.astype(np.float64))
         return found
 
     def _piece(self, curve: int, key: Ints, x: Ints) -> Ints:
         """Pieces of lengths, of the curves over the tokens that are held (0) or that come out (1)."""
         if not self._whole_index and x.max(initial=0) >= self._width:
             return _search(self._places[curve], key * SPAN + x)
-        at = np.minimum(x, self._width - 1)
-        at += key * self._width
-        return self._indices[curve].take(at)
+        return self._indices[curve].take(key * self._width + np.minimum(x, self._width - 1))
 
     def _side(self, i: int) -> float:
         return float((i > self._median) - (i < self._median))
@@ -231,9 +296,9 @@ class Batch:
         keys, count = np.asarray(ids), len(self._has_decode)
         if keys.dtype.kind not in "iu":
             raise ArgumentError(f"ids has dtype {keys.dtype}; allowed: the integers that key_ids gives")
-        wrong = (keys < -1) | (keys >= count)
-        if wrong.any():
-            raise ArgumentError(f"ids holds {keys[wrong][0]}; allowed: 0 to {count - 1}, and -1 for an unknown key")
+        for extreme in (keys.min(initial=0), keys.max(initial=0)):
+            if not -1 <= extreme < count:
+                raise ArgumentError(f"ids holds {extreme}; allowed: 0 to {count - 1}, and -1 for an unknown key")
         given = [None if value is None else _whole_numbers(name, value) for name, value in tokens.items()]
         shapes = [keys.shape, *(array.shape for array in given if array is not None), like]
         try:
@@ -244,7 +309,7 @@ class Batch:
         key = _flat(keys.astype(np.int64, copy=False), shape)
         unknown = key < 0
         flat = [array if array is None else _flat(array, shape) for array in given]
-        return _Request(shape, np.maximum(key, 0), unknown, flat)
+        return _Request(shape, np.maximum(key, 0) if unknown.any() else key, unknown, flat)
 
     def _need_decode(self, request: _Request, n: Ints | None) -> None:
         if self._has_decode.all():
@@ -260,11 +325,11 @@ class Batch:
             )
 
 
-def _filled(request: _Request, answer: Callable[[slice], Floats]) -> Floats:
+def _filled(request: _Request, answer: Callable[[slice], Floats], at_once: int = _CHUNK) -> Floats:
     """The answers part by part, NaN for unknown keys, in the shape of the request."""
     out = np.empty(request.key.size)
-    for first in range(0, out.size, _CHUNK):
-        out[first : first + _CHUNK] = answer(slice(first, first + _CHUNK))
+    for first in range(0, out.size, at_once):
+        out[first : first + at_once] = answer(slice(first, first + at_once))
     out[request.unknown] = np.nan
     return out.reshape(request.shape)
 
@@ -275,6 +340,13 @@ def _search(places: Ints, at: Ints) -> Ints:
     return found
 
 
+def _budgets(budget_ms: ArrayLike) -> NDArray[Any]:
+    budgets = np.asarray(budget_ms)
+    if budgets.dtype.kind not in "iuf" or not ((budgets > 0) & (budgets < np.inf)).all():
+        raise ArgumentError(f"budget_ms holds {budgets.tolist()!r:.60}; allowed: finite milliseconds above 0")
+    return budgets
+
+
 def _flat(array: NDArray[_Number], shape: tuple[int, ...]) -> NDArray[_Number]:
     return np.ascontiguousarray(np.broadcast_to(array, shape)).reshape(-1)
 
@@ -283,10 +355,15 @@ def _whole_numbers(name: str, value: ArrayLike) -> Ints:
     array = np.asarray(value)
     if array.dtype.kind not in "iubf" and array.size:
         raise ArgumentError(f"{name} has dtype {array.dtype}; allowed: whole numbers")
-    wrong = ~((array >= _LEAST[name]) & (array <= MAX_TOKENS))
+    least = _LEAST[name]
+    if array.size and not (array.min() >= least and array.max() <= MAX_TOKENS):
+        _refuse_tokens(name, array, ~((array >= least) & (array <= MAX_TOKENS)))
     if array.dtype.kind == "f":
-        wrong |= array != np.floor(array)
+        _refuse_tokens(name, array, array != np.floor(array))
+    return array.astype(np.int64, copy=False)
+
+
+def _refuse_tokens(name: str, array: NDArray[Any], wrong: NDArray[np.bool_]) -> None:
     if wrong.any():
         allowed = f"whole numbers from {_LEAST[name]} to {MAX_TOKENS}"
         raise ArgumentError(f"{name} holds {array[wrong].flat[0]}; allowed: {allowed}")
-    return array.astype(np.int64, copy=False)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from math import sqrt
 from operator import index as whole
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lutest.reader.arguments import MAX_TOKENS, positive_ms, quantile_index, whole_number
 from lutest.reader.curves import by_length, key_pieces, sum_to, value_at
 from lutest.reader.errors import ArgumentError, NoDecodeDataError
 from lutest.reader.explanation import Explanation, evidence, explained
 from lutest.reader.figures import KeyColumn, KeyFigures, Unchanging, described_key
-from lutest.reader.lengths import Lengths, lengths_of, levels_of, mean_over_lengths, share_within
+from lutest.reader.lengths import Lengths, lengths_of
 
-_EXPECTED_TOLERANCE = 1e-4
-_P_WITHIN_TOLERANCE = 4e-4
+if TYPE_CHECKING:
+    from lutest.reader.over_lengths import OverLengths
+
 _INDEXED = 2048  # lengths whose piece is looked up in a table of bytes; beyond, it is found by bisection
 _FARTHEST = 2 * MAX_TOKENS
 _SECANTS = 8  # of the search for the most tokens, before it goes on by halves
@@ -79,6 +79,7 @@ class Entry(Unchanging):
         curve = pieces.prefill
         self.reach = figures.reach
         self._prefill = {q: (curve.starts, curve.values[i], curve.slopes[i]) for i, q in enumerate(quantiles)}
+        self._held: dict[str | None, OverLengths] = {}  # what was asked for
         self._made = True
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -311,7 +312,7 @@ class Entry(Unchanging):
 
         The sum over the table's output lengths n of P(n) · P(total_ms <= budget_ms given n). The latter is made from
         the totals at the table's quantiles: between them, latency is linear in the normal score of the level; beyond
-        the outermost ones the last line is carried on, up to a normal score of 3 (see `lutest.reader.lengths`).
+        the outermost ones the last line is carried on, up to a normal score of 3 (see `lutest.reader.over_lengths`).
 
         Parameters
         ----------
@@ -325,21 +326,15 @@ class Entry(Unchanging):
         Returns
         -------
         float
-            From 0 to 1, to 1e-4.
+            From 0 to 1, to 1e-7; of more than 256 lengths, to 1e-3.
 
         Raises
         ------
         ArgumentError, NoDecodeDataError
         """
         budget = positive_ms("budget_ms", budget_ms)
-        lengths = lengths_of(self._lengths, workload)
         prompt, _, _ = self._checked(prompt_tokens, 1, 0.5)
-        levels = levels_of(self._quantiles)
-
-        def within(n: int) -> float:
-            return share_within(levels, self._totals(prompt, n), budget)
-
-        return min(1.0, max(0.0, mean_over_lengths(lengths, within, _P_WITHIN_TOLERANCE)))
+        return self._over_lengths(workload).p_within(budget, prompt)
 
     def expected_total_ms(self, prompt_tokens: int | None = None, workload: str | None = None) -> float:
         """Expected latency of a run when nobody knows how many tokens come out: the mean of what `p_within` is of.
@@ -353,18 +348,10 @@ class Entry(Unchanging):
         Returns
         -------
         float
-            Milliseconds, to 1e-4 relative.
+            Milliseconds; of more than 256 lengths, to 2e-4 relative.
         """
-        lengths = lengths_of(self._lengths, workload)
         prompt, _, _ = self._checked(prompt_tokens, 1, 0.5)
-        weights = levels_of(self._quantiles).weights
-
-        def mean(n: int) -> float:
-            if len(weights) == 2:  # their line is symmetric about the median
-                return self.total_ms(prompt, n, 0.5)
-            return sum(weight * total for weight, total in zip(weights, self._totals(prompt, n), strict=True))
-
-        return mean_over_lengths(lengths, mean, _EXPECTED_TOLERANCE)
+        return self._over_lengths(workload).expected_ms(prompt)
 
     def explain(self, prompt_tokens: int | None, output_tokens: int, q: float = 0.5) -> Explanation:
         """The total with every part, its sample size, its source and the bounds that are known.
@@ -384,9 +371,19 @@ class Entry(Unchanging):
             total_ms=self.total_ms(prompt, n, level),
         )
 
-    def _totals(self, prompt: int | None, n: int) -> list[float]:
-        """Totals at the table's quantiles, which do not fall."""
-        return list(accumulate([self.total_ms(prompt, n, q) for q in self._quantiles], max))
+    def _over_lengths(self, workload: str | None) -> OverLengths:
+        lengths = lengths_of(self._lengths, workload)
+        held = self._held.get(workload)
+        if held is None:
+            if self._pieces.step is None and lengths.tokens != (1,):
+                raise self._no_decode()
+            from lutest.reader.over_lengths import OverLengths, levels_of  # here, as they need NumPy
+
+            median = self._quantiles.index(0.5)
+            curves = [by_length(self._pieces, median, i) for i in range(len(self._quantiles))]
+            correlated, own = ([self._levels[q][i] for q in self._quantiles] for i in (5, 7))
+            held = self._held[workload] = OverLengths(lengths, levels_of(self._quantiles), curves, correlated, own)
+        return held
 
     def _checked(self, prompt_tokens: object, output_tokens: object, q: object) -> tuple[int | None, int, float]:
         level = self._quantiles[quantile_index(self._quantiles, q)]

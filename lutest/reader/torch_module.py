@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lutest.reader.arguments import MAX_TOKENS, quantile_index
-from lutest.reader.arrays import SPAN, Level, Places, decode_at, flat_level, flat_places, prefill_at, total_at
+from lutest.reader.arrays import SPAN, Level, Places, decode_at, flat_level, flat_places, prefill_at, steps_at, total_at
 from lutest.reader.curves import key_pieces
 from lutest.reader.errors import ArgumentError
 from lutest.reader.figures import Figures
@@ -59,27 +59,18 @@ class LatencyModule(nn.Module):
 
     def total_ms(self, ids: Tensor, prompt_tokens: Tensor | None, output_tokens: Tensor) -> Tensor:
         """As `Batch.total_ms` at the module's quantile: float64 milliseconds in the broadcast shape."""
-        level, key, known, pieces, lengths = self._request(ids, prompt_tokens, output_tokens)
-        if prompt_tokens is None:
-            prefill = level.own.take(key), level.own_apart.take(key)
-        else:
-            prefill = prefill_at(level, pieces[0], lengths[0])
-        total = total_at(prefill, decode_at(level, pieces, lengths), level.correlated.take(key), self._side)
+        known, prefill, decode, correlated = self._request(ids, prompt_tokens, output_tokens)
+        total = total_at(prefill, decode, correlated, self._side)
         return torch.where(known, total, torch.nan)
 
     def decode_ms(self, ids: Tensor, prompt_tokens: Tensor | None, output_tokens: Tensor) -> Tensor:
         """As `Batch.decode_ms` at the module's quantile: float64 milliseconds in the broadcast shape."""
-        level, _, known, pieces, lengths = self._request(ids, prompt_tokens, output_tokens)
-        middle, spread = decode_at(level, pieces, lengths)
+        known, _, (middle, spread), _ = self._request(ids, prompt_tokens, output_tokens)
         return torch.where(known, middle + self._side * spread, torch.nan)
 
     def prefill_ms(self, ids: Tensor, prompt_tokens: Tensor | None = None) -> Tensor:
         """As `Batch.prefill_ms` at the module's quantile: float64 milliseconds in the broadcast shape."""
-        level, key, known, pieces, lengths = self._request(ids, prompt_tokens, torch.ones_like(ids))
-        if prompt_tokens is None:
-            middle, apart = level.own.take(key), level.own_apart.take(key)
-        else:
-            middle, apart = prefill_at(level, pieces[0], lengths[0])
+        known, (middle, apart), _, _ = self._request(ids, prompt_tokens, torch.ones_like(ids))
         return torch.where(known, middle + self._side * apart, torch.nan)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -94,8 +85,8 @@ class LatencyModule(nn.Module):
 
     def _request(
         self, ids: Tensor, prompt_tokens: Tensor | None, output_tokens: Tensor
-    ) -> tuple[Level, Tensor, Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-        """Figures, ids that are safe to look up, what may be answered, pieces and lengths as `decode_at` takes them."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+        """What may be answered; prefill, decode and their correlation as `total_at` takes them."""
         level = Level(*(cast(Tensor, getattr(self, name)).view(torch.float64) for name in Level._fields))
         places = Places(*(cast(Tensor, getattr(self, f"{name}_places")) for name in Places._fields))
         key, n = ids.long(), output_tokens.long()
@@ -110,5 +101,9 @@ class LatencyModule(nn.Module):
         def piece(starts: Tensor, x: Tensor) -> Tensor:
             return torch.searchsorted(starts, key * SPAN + x, right=True) - 1
 
-        pieces = piece(places.held, prompt), piece(places.held, end), piece(places.out, n)
-        return level, key, known, pieces, (prompt.double(), end.double(), n.double())
+        at_prompt, start = piece(places.held, prompt), prompt.double()
+        steps = level.steps[at_prompt]
+        steps_ms = steps_at(steps, level.steps[piece(places.held, end)], start, end.double())
+        decode = decode_at(level.ratio[piece(places.out, n)], n.double(), steps_ms)
+        prefill = level.own[key].unbind(-1) if prompt_tokens is None else prefill_at(level.prefill[at_prompt], start)
+        return known, prefill, decode, steps[..., 3]

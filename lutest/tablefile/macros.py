@@ -10,8 +10,8 @@ from itertools import pairwise
 import duckdb
 
 from lutest.reader.figures import REACH, KeyColumn
-from lutest.reader.lengths import levels_of
 from lutest.reader.names import literal, quantile_suffix, quote
+from lutest.reader.over_lengths import levels_of
 from lutest.reader.search import BUDGET_QUANTILE
 
 ESTIMATE_QUANTILE = 0.5  # as in the verbs of an entry

@@ -39,6 +39,9 @@ def test_batch_is_scalar(drawn: list[tuple[int, int, int, float]], q: float, wit
     assert BATCH.decode_step_ms(ids, tokens, q) == near([e.decode_step_ms(n, q) for e, _, n, _ in cases])
     assert BATCH.decode_ms(ids, prompt, tokens, q) == near([e.decode_ms(p, n, q) for e, p, n, _ in cases])
     assert BATCH.total_ms(ids, prompt, tokens, q) == near([e.total_ms(p, n, q) for e, p, n, _ in cases])
+    within = [e.p_within(budget, p) for e, p, _, budget in cases]
+    assert BATCH.p_within(ids, budgets, prompt) == pytest.approx(within, abs=1e-9)
+    assert BATCH.expected_total_ms(ids, prompt, "vqa") == near([e.expected_total_ms(p, "vqa") for e, p, _, _ in cases])
     most = BATCH.max_output_tokens(ids, budgets, prompt, q)
     for (entry, p, _, budget), n in zip(cases, most.tolist(), strict=True):  # a total that equals it may go either way
         assert n == entry.max_output_tokens(budget, p, q) or entry.total_ms(p, max(n, 1), q) == near(budget)
@@ -66,6 +69,8 @@ def test_shapes_broadcast() -> None:
     assert BATCH.total_ms(ids[:, :1, None], 100, np.arange(1, 5)).shape == (2, 1, 4)
     assert BATCH.total_ms(0, 100, 5).shape == ()
     assert BATCH.max_output_tokens(ids, [[500.0], [900.0]]).shape == (2, 3)
+    assert BATCH.p_within(ids, [[500.0], [900.0]]).shape == (2, 3)
+    assert BATCH.expected_total_ms(ids[:, :1, None], [50, 60], "web").shape == (2, 1, 2)
     assert BATCH.total_ms(ids[:0], 100, 5).shape == (0, 3)
     assert BATCH.max_output_tokens(ids[:0], 100.0, 5).shape == (0, 3)
     with pytest.raises(ArgumentError, match=r"do not broadcast: \(2, 3\), \(\), \(2,\)"):

@@ -19,8 +19,8 @@ from scipy.stats import norm
 import lutest
 from lutest import ArgumentError, Entry, LatencyTable, NoDecodeDataError
 from lutest.reader.figures import Figures
-from lutest.reader.lengths import OUTERMOST_SCORE, levels_of, share_within
-from tests.synthetic import NO_DECODE, QUANTILES, make_figures
+from lutest.reader.over_lengths import OUTERMOST_SCORE, levels_of
+from tests.synthetic import NO_DECODE, QUANTILES, make_figures, within_of
 
 Floats = NDArray[np.float64]
 
@@ -113,21 +113,15 @@ def test_simulation_agrees() -> None:
         assert abs(entry.p_within(budget, 250, "long") - share) < 4 * error + 1e-4
 
 
-def test_thousands_of_lengths_take_some_dozens_of_totals(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    total_ms = Entry.total_ms
-
-    def counted(self: Entry, prompt_tokens: int | None, output_tokens: int, q: float = 0.5) -> float:
-        asked.append(output_tokens)
-        return total_ms(self, prompt_tokens, output_tokens, q)
-
-    entry = with_quantiles((0.5, 0.95), {"a": tuple((n, 1) for n in range(1, 20_000))})[KEY]
-    monkeypatch.setattr(Entry, "total_ms", counted)
-    entry.p_within(entry.total_ms(200, 10_000), 200)
-    assert len(set(asked)) < 150
-    asked.clear()
-    entry.expected_total_ms(200)
-    assert len(set(asked)) < 150
+def test_thousands_of_lengths_are_summed_in_groups() -> None:
+    table = with_quantiles((0.5, 0.95), {"a": tuple((n, 1 + 20_000 // n) for n in range(1, 20_000))})
+    entry, counts = table[KEY], dict(table.output_lengths["a"])
+    totals = np.array([[entry.total_ms(200, n, q) for q in (0.5, 0.95)] for n in counts])
+    shares = np.array(list(counts.values())) / sum(counts.values())
+    assert entry.expected_total_ms(200) == pytest.approx(float(totals[:, 0] @ shares), rel=2e-4)
+    for budget in np.geomspace(totals[0, 0], totals[-1, 0], 100):
+        within = norm.cdf((budget - totals[:, 0]) / (totals[:, 1] - totals[:, 0]) * norm.ppf(0.95))
+        assert entry.p_within(budget, 200) == pytest.approx(float(within @ shares), abs=1e-3)
 
 
 def test_p_within_grows_from_0_to_1_with_the_budget() -> None:
@@ -156,7 +150,7 @@ def test_equal_levels_are_a_single_value() -> None:
 
 @given(st.sets(st.integers(1, 9999), min_size=2, max_size=6))
 def test_weights_of_the_mean_keep_constants_and_lines(ten_thousandths: set[int]) -> None:
-    quantiles = tuple(place / 10_000 for place in sorted(ten_thousandths))
+    quantiles = tuple(place / 10_000 for place in sorted({5_000, *ten_thousandths}))
     held = levels_of(quantiles)
     assert sum(held.weights) == pytest.approx(1.0, abs=1e-6)
     if len(quantiles) > 1:  # the mean score of a normal distribution is 0
@@ -208,10 +202,9 @@ def test_shipped_tables_keep_to_the_stated_tolerance(name: str, request: pytest.
     counts: Counter[int] = Counter()
     for pairs in table.output_lengths.values():
         counts.update(dict(pairs))
-    levels = levels_of(table.quantiles)
     for entry in (table[key] for key in table if table[key].decode_step_p50_ms is not None):
         totals = {n: [entry.total_ms(None, n, q) for q in table.quantiles] for n in counts}
         expected = sum(counts[n] * held[0] for n, held in totals.items()) / counts.total()
         assert entry.expected_total_ms() == pytest.approx(expected, rel=1e-4)
-        within = sum(counts[n] * share_within(levels, held, expected) for n, held in totals.items()) / counts.total()
-        assert entry.p_within(expected) == pytest.approx(within, abs=1e-4)
+        within = sum(counts[n] * within_of(held, table.quantiles, expected) for n, held in totals.items())
+        assert entry.p_within(expected) == pytest.approx(within / counts.total(), abs=1e-4)

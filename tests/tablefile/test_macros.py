@@ -21,13 +21,13 @@ from lutest.reader.batch import Batch
 from lutest.reader.entry import Entry
 from lutest.reader.errors import ConfigError
 from lutest.reader.figures import Curve
-from lutest.reader.lengths import levels_of, share_within
 from lutest.reader.names import literal, quote
+from lutest.reader.over_lengths import levels_of
 from lutest.reader.table import LatencyTable
 from lutest.tablefile.macros import ESTIMATE_QUANTILE, PREFILL_SHARE, write_macros
 from lutest.tablefile.schema import refuse_key_names
 from tests.runs_frame import noisy_runs
-from tests.synthetic import make_figures, write_file
+from tests.synthetic import make_figures, within_of, write_file
 
 TABLE_FIXTURES = ["direct_table", "subtraction_table", "serving_table", "one_column", "five_columns"]
 KEYS = (("low", 4, 12), ("low", 8, 12), ("high", 4, 12), ("high", 8, 12))
@@ -138,7 +138,7 @@ def test_unknown_lengths_are_the_sums_over_all_lengths(path: Path, connection: d
             share = mean = 0.0
             for tokens, n in counts[of].items():
                 totals = list(accumulate((entry.total_ms(prompt, tokens, q) for q in table.quantiles), max))
-                share += n * share_within(levels, totals, budget)
+                share += n * within_of(totals, table.quantiles, budget)
                 weighted = sum(weight * ms for weight, ms in zip(levels.weights, totals, strict=True))
                 mean += n * (weighted if len(totals) > 2 else totals[0])
             n_runs = counts[of].total()
