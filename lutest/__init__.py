@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from lutest.judging.evaluate import evaluate as evaluate
     from lutest.profile.generate import record_generate as record_generate
     from lutest.profile.recorder import Recorder as Recorder
-    from lutest.reward.latency import LatencyOutcome as LatencyOutcome
     from lutest.reward.latency import LatencyReward as LatencyReward
     from lutest.reward.openrlhf import OpenRLHFReward as OpenRLHFReward
+    from lutest.reward.outcome import LatencyOutcome as LatencyOutcome
     from lutest.reward.rollout import Columns as Columns
     from lutest.reward.terms import Weights as Weights
     from lutest.reward.terms import tensor_reward as tensor_reward
@@ -94,7 +94,7 @@ __all__ = [
 # name → module that it is imported from on first use: they bring in pandas, SciPy, DuckDB
 _ON_FIRST_USE = {
     "Columns": "lutest.reward.rollout",
-    "LatencyOutcome": "lutest.reward.latency",
+    "LatencyOutcome": "lutest.reward.outcome",
     "LatencyReward": "lutest.reward.latency",
     "OnlineCalibrator": "lutest.calibration.online",
     "OpenRLHFReward": "lutest.reward.openrlhf",

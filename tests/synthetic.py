@@ -53,7 +53,7 @@ def make_key(key: tuple[str, int, int]) -> KeyFigures:
         key=key,
         prefill=Summary(70, tuple(f * middle for f in FACTORS), 1.6 * middle, 1.1 * middle),
         prompt_tokens_p50=prompts[len(prompts) // 2],
-        prompt_tokens_min=1,  # so that nothing is out of reach
+        prompt_tokens_min=0,  # so that nothing is out of reach
         prompt_tokens_max=9999,
         vision_tokens_p50=None,
         prefill_curve=prefill,

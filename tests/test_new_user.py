@@ -118,3 +118,70 @@ def test_a_wrong_tier_in_sql_can_be_made_to_fail(direct_table: Path, capsys: pyt
     status, _, err = run(capsys, "sql", direct_table, f"SELECT known({asked})")
     assert status == 2
     assert "tier high, low, medium" in err
+
+
+BATCH: dict[str, Any] = {"prompts": ["p"] * 3, "completions": ["c"] * 3, "completion_ids": [[1] * 8] * 3}
+TIERS: dict[str, Any] = {"tier": ["low", "medium", "high"], "top_k": [8] * 3, "num_blocks": [16] * 3}
+
+
+def test_a_reward_of_text_alone_prefers_the_tier_of_few_crops(table: lutest.LatencyTable) -> None:
+    reward = lutest.TRLReward(lutest.LatencyReward(table, 1500.0))
+    low, medium, high = reward(**BATCH, **TIERS, text_tokens=[60] * 3)
+    assert cast(float, low) > cast(float, medium) > cast(float, high)
+    logged: dict[str, float] = {}
+    with pytest.warns(lutest.LutestWarning, match=r"prompt_tokens=60 is less than half .*text_tokens=60"):
+        low, medium, high = reward(**BATCH, **TIERS, prompt_tokens=[60] * 3, log_metric=logged.__setitem__)
+    assert cast(float, low) > cast(float, medium) == high
+    assert logged["latency/unknown"] == pytest.approx(2 / 3)
+    assert logged["latency/extrapolated"] == pytest.approx(1 / 3)
+
+
+def test_misspelt_columns_fail_at_the_first_batch(table: lutest.LatencyTable) -> None:
+    reward = lutest.TRLReward(lutest.LatencyReward(table, 1500.0))
+    misspelt = {"tiers": TIERS["tier"], "topk": TIERS["top_k"], "num_blocks": TIERS["num_blocks"]}
+    with pytest.raises(lutest.ArgumentError, match=r"no column 'tier' \('tiers'\?\), 'top_k' \('topk'\?\)"):
+        reward(**BATCH, **misspelt)
+    with pytest.raises(lutest.ArgumentError, match=r"'prompt_tokens' \('prompt_token'\?\)"):
+        reward(**BATCH, **TIERS, prompt_token=[150] * 3)
+    with pytest.raises(lutest.ArgumentError, match=r"no column 'budget_ms' in the data set"):
+        lutest.TRLReward(lutest.LatencyReward(table))(**BATCH, **TIERS)
+    scored = lutest.VerlReward(lutest.LatencyReward(table, 1500.0))
+    with pytest.warns(lutest.LutestWarning, match=r"'num_blocks' not in \['tiers', 'topk'\]"):
+        scored("mine", "42", "42", {"tiers": "low", "topk": 8})
+
+
+def test_a_budget_in_seconds_is_refused(table: lutest.LatencyTable) -> None:
+    with pytest.raises(lutest.ArgumentError, match=r"budget_ms is 1\.5, but the fastest .*milliseconds"):
+        lutest.LatencyReward(table, 1.5)
+    with pytest.warns(lutest.LutestWarning, match=r"budget_ms is 1\.5, but the fastest"):
+        assert lutest.TRLReward(lutest.LatencyReward(table))(**BATCH, **TIERS, budget_ms=[1.5] * 3) == [None] * 3
+
+
+def test_wrong_use_of_a_reward_fails_where_it_is_made(table: lutest.LatencyTable) -> None:
+    with pytest.raises(lutest.ArgumentError, match=r"its corrected\(\)"):
+        lutest.LatencyReward(cast(Any, lutest.OnlineCalibrator(table)), 1500.0)
+    for form in (lutest.TRLReward, lutest.VerlReward, lutest.OpenRLHFReward):
+        with pytest.raises(lutest.ArgumentError, match="allowed: a LatencyReward"):
+            form(cast(Any, table))
+    with pytest.raises(lutest.ArgumentError, match="workload is 'vqa'; allowed: "):
+        lutest.LatencyReward(table, 1500.0, workload="vqa")
+
+
+def test_no_rollout_ends_a_run_or_drowns_its_group(table: lutest.LatencyTable) -> None:
+    reward = lutest.LatencyReward(table, 1500.0)
+    row = {"tier": "high", "top_k": 8, "num_blocks": 16, "prompt_tokens": 500}
+    silent = reward.judge({**row, "output_tokens": 0})
+    assert silent == reward.judge({**row, "completion_ids": []}) == reward.judge({**row, "output_tokens": 1})
+    with pytest.warns(lutest.LutestWarning, match="more than twice"):
+        huge = reward.judge({**row, "prompt_tokens": 10_000_000, "output_tokens": 8})
+    long = reward.judge({**row, "output_tokens": 10_000_000})
+    assert silent is not None
+    for outcome in (huge, long):
+        assert outcome is not None
+        assert -5.0 <= outcome.reward < silent.reward
+    assert huge is not None
+    assert (huge.unknown, huge.latency_ms) == (True, None)
+    harsher = lutest.LatencyReward(table, 1500.0, weights=lutest.Weights(most_overrun=10.0))
+    far = harsher.judge({**row, "output_tokens": 10_000_000})
+    assert far is not None
+    assert far.reward == pytest.approx(-101.0)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lutest.reader.arguments import MAX_TOKENS, positive_ms, quantile_index, whole_number
 from lutest.reader.curves import by_length, key_pieces, sum_to, value_at
 from lutest.reader.errors import ArgumentError, NoDecodeDataError
-from lutest.reader.explanation import Explanation, evidence, explained
+from lutest.reader.explanation import Explanation, evidence, explained, seen_lengths
 from lutest.reader.figures import KeyColumn, KeyFigures, Unchanging, described_key
 from lutest.reader.lengths import Lengths, lengths_of
 
@@ -77,7 +77,7 @@ class Entry(Unchanging):
         self._figures, self._quantiles, self._columns, self._lengths = figures, quantiles, key_columns, lengths or {}
         self._pieces, self._levels, self._own_prefill = pieces, levels, dict(zip(quantiles, prefill, strict=True))
         curve = pieces.prefill
-        self.reach = figures.reach
+        self.reach, self._seen, self._start = figures.reach, seen_lengths(figures), figures.prompt_tokens_p50
         self._prefill = {q: (curve.starts, curve.values[i], curve.slopes[i]) for i, q in enumerate(quantiles)}
         self._held: dict[str | None, OverLengths] = {}  # what was asked for
         self._made = True
@@ -134,6 +134,15 @@ class Entry(Unchanging):
         """
         prompt, n, _ = self._checked(prompt_tokens, output_tokens, 0.5)
         return evidence(self._figures, prompt, n)[2].source
+
+    def extrapolates(self, prompt_tokens: int | None, output_tokens: int) -> bool:
+        """Whether `source_at` of these lengths is ``extrapolated``, in less time; they are not checked."""
+        prompts, kv_lengths, outputs = self._seen
+        start, n = self._start if prompt_tokens is None else prompt_tokens, output_tokens
+        if prompt_tokens is not None and not prompts[0] <= prompt_tokens <= prompts[1]:
+            return True
+        inside = n == 1 or (kv_lengths[0] <= start + 1 and start + n - 1 <= kv_lengths[1] and n <= outputs)
+        return self.source == "extrapolated" or not inside
 
     def prefill_ms(self, prompt_tokens: int | None = None, q: float = 0.5) -> float:
         """Prefill latency: everything up to the first token.

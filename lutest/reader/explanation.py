@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any, NamedTuple
 
 from lutest.reader.figures import Curve, FillError, KeyColumn, KeyFigures
@@ -131,6 +132,19 @@ def evidence(figures: KeyFigures, prompt: int | None, n: int) -> tuple[_Evidence
     source = _worst(on_the_way, "extrapolated" if beyond else "measured")
     decode = _Evidence(sum(ratios.n[j] for j in knots), source)
     return prefill, decode, _Evidence(min(prefill.n, decode.n), _worst(prefill.source, source))
+
+
+def seen_lengths(figures: KeyFigures) -> tuple[tuple[float, float], tuple[float, float], float]:
+    """Least and largest prompt and KV length, and most output tokens, up to which nothing is extrapolated."""
+
+    def ends(curve: Curve | None) -> tuple[float, float]:
+        seen = (
+            [x for x, source in zip(curve.at, curve.source, strict=True) if source != "extrapolated"] if curve else []
+        )
+        return (seen[0], seen[-1]) if seen else (inf, -inf)
+
+    steps = figures.decode_total.decode_steps if figures.decode_total else ()
+    return ends(figures.prefill_curve), ends(figures.decode_curve), steps[-1] + 1 if len(steps) > 1 else inf
 
 
 def _on_curve(curve: Curve, low: int, high: int, source: str) -> _Evidence:

@@ -4,62 +4,42 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from lutest.reader.arguments import positive_ms, quantile_index, real_number, whole_number
 from lutest.reader.entry import Entry
-from lutest.reader.errors import ArgumentError, NoDecodeDataError, UnknownKeyError
+from lutest.reader.errors import ArgumentError, LutestError, LutestWarning, NoDecodeDataError, UnknownKeyError
 from lutest.reader.figures import Key, described_key
 from lutest.reader.loading import load
 from lutest.reader.table import LatencyTable
 from lutest.reward import rollout
-from lutest.reward.rollout import Choice, Columns, Completion, LengthFrom, Row, completion_text, value_in
+from lutest.reward.outcome import LatencyOutcome
+from lutest.reward.rollout import (
+    Choice,
+    Columns,
+    Completion,
+    LengthFrom,
+    Row,
+    completion_text,
+    refuse_misspelt,
+    value_in,
+)
 from lutest.reward.terms import Weights, complexity, efficiency_bonus, smooth_penalty, squared_overrun
+
+_HOPELESS = 10.0  # a budget so many times below the fastest prefill is a mistake, such as seconds
+_NotPriced = (UnknownKeyError, NoDecodeDataError, ArgumentError)
 
 UnknownLength = Literal["prefill", "expected_total", "p_within"]
 OnUnknown = Literal["worst", "error", "none"] | float
 
 
-class LatencyOutcome(NamedTuple):
-    """A latency reward with its parts: ``reward = efficiency_bonus − the three penalties``.
-
-    Attributes
-    ----------
-    reward : float
-    latency_ms : float or None
-        The estimate that decided; None for a configuration that is not in the table.
-    limit_ms : float
-        What it was held against: the budget, or prefill's share of it.
-    decided_by : str
-        ``total``, ``prefill``, ``expected_total``, ``p_within`` or ``unknown``.
-    p_within : float or None
-        Probability of staying within the budget, where that decided.
-    smooth_penalty, squared_overrun, efficiency_bonus, complexity_penalty : float
-        The terms, weighted.
-    """
-
-    reward: float
-    latency_ms: float | None
-    limit_ms: float
-    decided_by: str
-    p_within: float | None
-    smooth_penalty: float
-    squared_overrun: float
-    efficiency_bonus: float
-    complexity_penalty: float
-
-    @property
-    def over_limit(self) -> bool | None:
-        """Whether the estimate lies above its limit; None for a configuration that is not in the table."""
-        return None if self.latency_ms is None else self.latency_ms > self.limit_ms
-
-    @property
-    def unknown(self) -> bool:
-        """Whether the configuration is not in the table, or has no figures for what was asked."""
-        return self.decided_by == "unknown"
+class _FarError(UnknownKeyError):
+    """A configuration was never measured near the prompt length."""
 
 
 class _Price(NamedTuple):
@@ -74,16 +54,9 @@ class _Request(NamedTuple):
 
     budget_ms: float
     prompt_tokens: int | None
+    text_tokens: int | None
     output_tokens: int | None
     workload: str | None
-
-
-def trainer_figures(outcome: LatencyOutcome | None) -> dict[str, float | None]:
-    """What trainers log of an outcome, None where there is no figure."""
-    if outcome is None:
-        return dict.fromkeys(("latency_ms", "latency_over_limit", "latency_unknown"))
-    over = None if outcome.over_limit is None else float(outcome.over_limit)
-    return {"latency_ms": outcome.latency_ms, "latency_over_limit": over, "latency_unknown": float(outcome.unknown)}
 
 
 @dataclass(frozen=True)
@@ -93,13 +66,18 @@ class LatencyReward:
     Which latency decides: where the number of output tokens is known, the total at quantile `q`, against the budget.
     Where it is not, what `unknown_length` says.
 
+    No rollout ends a run: a row with part of a configuration, or with something that cannot be right, is priced as an
+    unknown configuration, with one `LutestWarning` that names the first of them; so is a prompt length that the
+    configuration was never measured near (see `Entry.reach`). No token at all counts as prefill alone. Rewards are
+    bounded (see `Weights`).
+
     Parameters
     ----------
     table : LatencyTable or str or path-like
         A table travels inside the pickle. A path is read once in each process, however many rewards are made or
         unpickled there, and read anew only for a reward made after the file was rebuilt.
     budget_ms : float, optional
-        For the rows that bring no budget of their own.
+        For the rows that bring no budget of their own, or none that can be read.
     weights : Weights
         How much each term counts.
     q : float
@@ -130,7 +108,7 @@ class LatencyReward:
         What a configuration gets that is not in the table, or has no figures for what is asked. ``worst``: what the
         largest and slowest one of the table would get for this very row, and no more than twice the limit would
         get, with no chance to stay within it. So inventing configurations never pays, and a run never ends over
-        one. ``error`` raises `UnknownKeyError`, ``none`` gives no reward, and a number is the reward itself. A
+        one. ``error`` raises, ``none`` gives no reward, and a number is the reward itself. A
         configuration that a table filled in counts as known where it was interpolated, but not where it was
         extrapolated: there, a policy would find the errors of the estimate.
 
@@ -157,6 +135,8 @@ class LatencyReward:
     on_unknown: OnUnknown = "worst"
     _table: LatencyTable = field(init=False, repr=False, compare=False)
     _largest: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    _fastest_ms: float = field(init=False, repr=False, compare=False)
+    _warned: set[str] = field(init=False, repr=False, compare=False, default_factory=set)
 
     def __post_init__(self) -> None:
         table = self.table
@@ -164,10 +144,17 @@ class LatencyReward:
             path = os.path.abspath(table)
             object.__setattr__(self, "table", path)
             table = _read(path)
+        if not hasattr(table, "figures"):
+            corrected = "; of an OnlineCalibrator, its corrected()" if hasattr(table, "corrected") else ""
+            raise ArgumentError(f"table is {table!r:.80}; allowed: what lutest.load gives, or a path{corrected}")
         object.__setattr__(self, "_table", table)
+        object.__setattr__(self, "_fastest_ms", min(table[key].prefill_p50_ms for key in table.keys))
         quantile_index(table.quantiles, self.q)
         if self.budget_ms is not None:
-            positive_ms("budget_ms", self.budget_ms)
+            self._plausible(self.budget_ms)
+        if self.workload is not None and self.workload not in table.output_lengths:
+            held = ", ".join(map(repr, table.output_lengths))
+            raise ArgumentError(f"workload is {self.workload!r}; allowed: {held}")
         if not 0.0 < self.prefill_share <= 1.0:
             raise ArgumentError(f"prefill_share is {self.prefill_share!r}; allowed: above 0 and at most 1")
         _one_of("unknown_length", self.unknown_length, UnknownLength)
@@ -206,33 +193,50 @@ class LatencyReward:
         Returns
         -------
         LatencyOutcome or None
-            None where the rollout has no configuration, or an unknown one and `on_unknown` is ``none``.
+            None where the rollout has no configuration, or no budget that can be read and there is none for all, or an
+            unknown configuration and `on_unknown` is ``none``.
 
         Raises
         ------
         ArgumentError
-            The row has no budget and there is none for all, or holds something that cannot be right.
-        UnknownKeyError, NoDecodeDataError
-            With ``on_unknown="error"``: the configuration is not in the table, or has no decode figures.
+            The row has no budget at all, and there is none for all; or the text alone, of which a table whose runs do
+            not hold vision and text tokens apart knows nothing.
+        UnknownKeyError, NoDecodeDataError, ArgumentError
+            With ``on_unknown="error"``: the configuration is not in the table, nothing is known of it there, or the row
+            holds something that cannot be right.
         """
         try:
             key = self._configuration(row, completion)
             if key is None:
                 return None
+            request = self._request(row, completion)
             entry = self._known(key)
-        except UnknownKeyError:
-            if self.on_unknown == "error":
-                raise
-            return self._unknown(self._request(row, completion))
-        request = self._request(row, completion)
-        try:
-            price = self._price(entry, request)
-        except NoDecodeDataError:
-            if self.on_unknown == "error":
-                raise
-            return self._unknown(request)
+            prompt = self._prompt(entry, request)
+            if prompt is not None and not entry.reach[0] <= prompt <= entry.reach[1]:
+                far = entry.explain(prompt, 1).out_of_reach
+                raise _FarError(f"{described_key(self._table.figures.key_columns, key)}: {far}")
+            price = self._price(entry, request, prompt)
+        except _NotPriced as error:
+            return self._not_priced(row, completion, error)
         share = complexity(self._numbers(entry.key), self._largest)
-        return self._weighed(price, share, price.latency_ms, min(max(accuracy, 0.0), 1.0))
+        outcome = self._weighed(price, share, price.latency_ms, min(max(accuracy, 0.0), 1.0))
+        is_beyond = entry.extrapolates(prompt, request.output_tokens or 1)
+        return outcome._replace(extrapolated=True) if is_beyond else outcome
+
+    def check_columns(self, given: Iterable[str]) -> None:
+        """Refuse a data set that lacks a column which every row needs.
+
+        Raises
+        ------
+        ArgumentError
+            Naming the column, and the one that may be meant.
+        """
+        names, required = self.column_names, []
+        if self.parse is None:
+            required = list(names[: len(self._table.key_columns)])
+        if self.budget_ms is None:
+            required.append(self.columns.budget_ms)
+        refuse_misspelt(given, required, names)
 
     def judge_rows(
         self,
@@ -269,6 +273,9 @@ class LatencyReward:
         if len(missing) < len(held) and self.parse is None:
             lacking = ", ".join(map(repr, missing))
             raise ArgumentError(f"the row has part of a configuration: no value in column {lacking}")
+        if self.parse is None and not any(name in row for name in missing):
+            lacking = ", ".join(map(repr, missing))
+            self._warn_once("", f"no reward for a rollout without a configuration: {lacking} not in {sorted(row)}")
         return None
 
     def _output_tokens(self, row: Row, completion: Completion | None) -> int | None:
@@ -298,20 +305,39 @@ class LatencyReward:
 
     def _request(self, row: Row, completion: Completion | None) -> _Request:
         columns = self.columns
-        budget = value_in(row, columns.budget_ms)
-        if budget is None and self.budget_ms is None:
-            raise ArgumentError(f"no budget: the row has no {columns.budget_ms!r}, and there is no budget_ms for all")
-        prompt = value_in(row, columns.prompt_tokens)
+        prompt, text = value_in(row, columns.prompt_tokens), value_in(row, columns.text_tokens)
         workload = value_in(row, columns.workload)
         return _Request(
-            positive_ms(columns.budget_ms, self.budget_ms if budget is None else budget),
+            self._budget(row),
             None if prompt is None else whole_number(columns.prompt_tokens, prompt, 0),
+            None if text is None else whole_number(columns.text_tokens, text, 0),
             self._output_tokens(row, completion),
             self.workload if workload is None else str(workload),
         )
 
-    def _price(self, entry: Entry, request: _Request) -> _Price:
-        budget, prompt, tokens, workload = request
+    def _budget(self, row: Row) -> float:
+        given = row.get(self.columns.budget_ms)
+        if given is None and self.budget_ms is not None:
+            return self.budget_ms
+        return self._plausible(given)
+
+    def _plausible(self, given: object) -> float:
+        budget = positive_ms(self.columns.budget_ms, given)
+        if budget * _HOPELESS < self._fastest_ms:
+            raise ArgumentError(
+                f"{self.columns.budget_ms} is {budget:g}, but the fastest configuration needs {self._fastest_ms:.4g} "
+                f"ms to its first token; allowed: milliseconds, from a {_HOPELESS:g}th of that on"
+            )
+        return budget
+
+    @staticmethod
+    def _prompt(entry: Entry, request: _Request) -> int | None:
+        if request.prompt_tokens is None and request.text_tokens is not None:
+            return entry.prompt_tokens(request.text_tokens)
+        return request.prompt_tokens
+
+    def _price(self, entry: Entry, request: _Request, prompt: int | None) -> _Price:
+        budget, _, _, tokens, workload = request
         if tokens is not None:
             return _Price(entry.total_ms(prompt, tokens, self.q), budget, "total", None)
         if self.unknown_length == "prefill":
@@ -321,17 +347,44 @@ class LatencyReward:
             return _Price(expected, budget, "expected_total", None)
         return _Price(expected, budget, "p_within", entry.p_within(budget, prompt, workload))
 
+    def _not_priced(self, row: Row, completion: Completion | None, error: LutestError) -> LatencyOutcome | None:
+        """What a rollout gets of which nothing is known, or whose row is wrong; that is told of once."""
+        columns, is_wrong = self.columns, isinstance(error, ArgumentError)
+        if self.on_unknown == "error":
+            raise error
+        if self.budget_ms is None and columns.budget_ms not in row:
+            raise ArgumentError(f"no budget: the row has no {columns.budget_ms!r}, and there is no budget_ms for all")
+        if value_in(row, columns.text_tokens) is not None and value_in(row, columns.prompt_tokens) is None:
+            self._table[self._table.keys[0]].prompt_tokens(0)  # an error where no row could ever be priced
+        if is_wrong or isinstance(error, _FarError):
+            self._warn_once(type(error).__name__, f"{error}; such rollouts count as unknown configurations")
+        try:
+            request = self._request(row, completion)
+        except ArgumentError:  # as far as it can be read
+            try:
+                budget: float | None = self._budget(row)
+            except ArgumentError:
+                budget = self.budget_ms
+            if budget is None:
+                return None
+            request = _Request(budget, None, None, None, None)
+        outcome = self._unknown(request)
+        return outcome and outcome._replace(wrong_row=is_wrong)
+
+    def _warn_once(self, kind: str, what: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"{what}; further ones are not told of", LutestWarning, stacklevel=4)
+
     def _unknown(self, request: _Request) -> LatencyOutcome | None:
         if self.on_unknown == "none":
             return None
-        limit = request.budget_ms
-        slowest = 0.0
+        limit, slowest = request.budget_ms, 0.0
         for key in self._table.keys:
-            try:
-                price = self._price(self._table[key], request)
-            except NoDecodeDataError:
-                continue
-            limit, slowest = price.limit_ms, max(slowest, price.latency_ms)
+            entry = self._table[key]
+            with suppress(NoDecodeDataError, ArgumentError):  # an unknown workload
+                price = self._price(entry, request, self._prompt(entry, request))
+                limit, slowest = price.limit_ms, max(slowest, price.latency_ms)
         p_within = 0.0 if request.output_tokens is None and self.unknown_length == "p_within" else None
         worst = _Price(max(slowest, 2.0 * limit), limit, "unknown", p_within)
         if self.on_unknown == "worst":
@@ -344,11 +397,17 @@ class LatencyReward:
         smooth = smooth_penalty(latency, limit, weights.smooth, weights.steepness)
         if p_within is not None:
             smooth = weights.smooth * (1.0 - p_within)
-        overrun = squared_overrun(latency, limit, weights.overrun)
+        overrun = squared_overrun(latency, limit, weights.overrun, weights.most_overrun)
         bonus = accuracy * efficiency_bonus(latency, limit, weights.bonus)
         size = weights.complexity * share
         reward = bonus - smooth - overrun - size
         return LatencyOutcome(reward, shown_ms, limit, decided_by, p_within, smooth, overrun, bonus, size)
+
+
+def checked_reward(reward: object) -> None:
+    """Refuse what is no LatencyReward where a trainer's form of it is made."""
+    if not isinstance(reward, LatencyReward):
+        raise ArgumentError(f"reward is {reward!r:.80}; allowed: a LatencyReward, such as LatencyReward(table, 900.0)")
 
 
 def _one_of(name: str, value: object, allowed: object) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lutest.reward.latency import LatencyReward, trainer_figures
+from lutest.reward.latency import LatencyReward, checked_reward
+from lutest.reward.outcome import trainer_figures
 from lutest.reward.rollout import column_rows
 
 
@@ -44,6 +45,9 @@ class OpenRLHFReward:
     score: Callable[..., Any] | None = None
     without_configuration: float = 0.0
 
+    def __post_init__(self) -> None:
+        checked_reward(self.reward)
+
     def __call__(
         self, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[object], **columns: object
     ) -> dict[str, Any]:
@@ -62,7 +66,7 @@ class OpenRLHFReward:
             ``rewards``: float tensor, one per query, the sum of what `score` gives and the latency reward; ``scores``:
             float tensor, what `score` gave, which OpenRLHF filters by, or the rewards where there is no `score`;
             ``extra_logs``: a dict of float tensors ``latency_reward``, ``latency_ms``, ``latency_over_limit``,
-            ``latency_unknown``, NaN where there is no figure, and those that `score` gave.
+            ``latency_unknown``, ``latency_extrapolated``, NaN where there is no figure, and those that `score` gave.
 
         Raises
         ------

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Literal, SupportsFloat, TypeAlias, cast
 
 from lutest.reader.arguments import whole_number
@@ -31,7 +32,9 @@ class Columns:
     key : mapping
         Key column of the table → its name in the row, for those that have another name there.
     prompt_tokens : str
-        Vision + text tokens; without it, the configuration's own prefill quantile counts.
+        Vision + text tokens; without it and `text_tokens`, the configuration's own prefill quantile counts.
+    text_tokens : str
+        The text alone, to which each configuration adds the vision tokens of its own runs; `prompt_tokens` comes first.
     output_tokens : str
         Generated tokens, end-of-sequence included.
     completion_ids : str
@@ -44,6 +47,7 @@ class Columns:
 
     key: Mapping[str, str] = field(default_factory=dict, hash=False)
     prompt_tokens: str = "prompt_tokens"
+    text_tokens: str = "text_tokens"
     output_tokens: str = "output_tokens"
     completion_ids: str = "completion_ids"
     budget_ms: str = "budget_ms"
@@ -75,6 +79,29 @@ def column_rows(columns: Mapping[str, object], names: Iterable[str], count: int)
             raise ArgumentError(f"column {name!r} has {len(values)} values for {count} rollouts")
         held[name] = values
     return [{name: values[i] for name, values in held.items()} for i in range(count)]
+
+
+def refuse_misspelt(given: Iterable[str], required: Iterable[str], optional: Iterable[str]) -> None:
+    """Refuse a data set without a column that is needed, or with one that is hardly other than one that is read.
+
+    Raises
+    ------
+    ArgumentError
+        Naming the column, and the one that may be meant.
+    """
+    held = set(given)
+    missing = [name for name in required if name not in held]
+    unread = sorted(held.difference(required, optional))
+    # a column that is not needed is missed only where another one has nearly its name
+    missing += [name for name in optional if name not in held and get_close_matches(name, unread, n=1, cutoff=0.9)]
+    if not missing:
+        return
+    meant = [(name, *get_close_matches(name, unread, n=1)) for name in missing]
+    named = ", ".join(f"{pair[0]!r} ({pair[1]!r}?)" if len(pair) > 1 else repr(pair[0]) for pair in meant)
+    raise ArgumentError(
+        f"no column {named} in the data set; not read of it: {', '.join(map(repr, unread)) or 'nothing'}; say other "
+        "names with Columns, such as columns=Columns(key={'tier': 'its name'}, budget_ms='its name')"
+    )
 
 
 def value_in(row: Row, name: str) -> object:
@@ -155,7 +182,7 @@ def _number(name: str, value: object) -> int | float:
 
 
 def output_tokens_from(name: str, value: object) -> int:
-    """Number of generated tokens, which may be text; ArgumentError where it is none."""
+    """Number of generated tokens, which may be text; 0 counts as 1, which comes out of prefill anyway."""
     if isinstance(value, str) and len(value) <= _MOST_DIGITS and value.strip().isdecimal():
         value = int(value)  # a match in a text, a cell of a CSV
-    return whole_number(name, value, 1)
+    return max(1, whole_number(name, value, 0))

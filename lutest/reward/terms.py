@@ -1,4 +1,4 @@
-"""The terms that a latency reward is made of: of plain floats, finite for every finite latency, and of tensors."""
+"""The terms that a latency reward is made of: of plain floats, bounded for every latency, and of tensors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from lutest.reader.errors import ArgumentError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LARGEST_OVERRUN = 1e6  # budgets beyond the budget; its square is far within float32, in which trainers add rewards up
+_LARGEST = 1e6  # of a weight: its square is far within float32, in which trainers add rewards up
+MOST_OVERRUN = 2.0  # budgets beyond the budget: one rollout far beyond would flatten the advantages of its whole group
 
 
 @dataclass(frozen=True)
 class Weights:
     """How much each term counts; a weight of 0 leaves it out.
+
+    A reward is at least ``-(smooth + overrun * most_overrun² + complexity)``, -5 by default, and at most `bonus`.
 
     Attributes
     ----------
@@ -27,6 +30,8 @@ class Weights:
         s of `smooth_penalty`, above 0: with 10, that is 0.27 β at 10 % below the budget and 0.73 β at 10 % above.
     overrun : float
         γ of `squared_overrun`.
+    most_overrun : float
+        Budgets beyond the budget above which it grows no more; at most 1e6.
     bonus : float
         Of `efficiency_bonus`. A policy can earn it with short wrong answers, so it is 0 unless asked for, and the forms
         that know the accuracy multiply it by that.
@@ -42,14 +47,15 @@ class Weights:
     smooth: float = 1.0
     steepness: float = 10.0
     overrun: float = 1.0
+    most_overrun: float = MOST_OVERRUN
     bonus: float = 0.0
     complexity: float = 0.0
 
     def __post_init__(self) -> None:
         for weight in fields(self):
             value = getattr(self, weight.name)
-            if not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
-                raise ArgumentError(f"{weight.name} is {value!r}; allowed: a finite number, 0 or more")
+            if not isinstance(value, (int, float)) or not 0.0 <= value <= _LARGEST:
+                raise ArgumentError(f"{weight.name} is {value!r}; allowed: a number from 0 to {_LARGEST:g}")
         if self.steepness == 0.0:
             raise ArgumentError(f"steepness is {self.steepness!r}; allowed: above 0")
 
@@ -76,7 +82,9 @@ def smooth_penalty(latency_ms: float, budget_ms: float, weight: float = 1.0, ste
     return weight * small / (1.0 + small)
 
 
-def squared_overrun(latency_ms: float, budget_ms: float, weight: float = 1.0) -> float:
+def squared_overrun(
+    latency_ms: float, budget_ms: float, weight: float = 1.0, most_overrun: float = MOST_OVERRUN
+) -> float:
     """What lies above the budget, in budgets, squared: ``weight · (max(0, latency − budget) / budget)²``.
 
     Parameters
@@ -85,13 +93,15 @@ def squared_overrun(latency_ms: float, budget_ms: float, weight: float = 1.0) ->
         Milliseconds; the budget is above 0.
     weight : float
         γ.
+    most_overrun : float
+        Budgets beyond the budget above which it grows no more.
 
     Returns
     -------
     float
-        0 within the budget; no larger than for an overrun of 1e6 budgets.
+        0 within the budget.
     """
-    overrun = min(max(0.0, latency_ms / budget_ms - 1.0), _LARGEST_OVERRUN)
+    overrun = min(max(0.0, latency_ms / budget_ms - 1.0), most_overrun)
     return weight * overrun * overrun
 
 
@@ -160,6 +170,6 @@ def tensor_reward(
     accuracy = accuracy.to(latency_ms.dtype)
     beyond = latency_ms / budget_ms - 1.0
     smooth = weights.smooth * torch.sigmoid(weights.steepness * beyond)
-    overrun = weights.overrun * beyond.clamp(0.0, _LARGEST_OVERRUN).square()
+    overrun = weights.overrun * beyond.clamp(0.0, weights.most_overrun).square()
     bonus = weights.bonus * accuracy.clamp(0.0, 1.0) * (-beyond).clamp(min=0.0)
     return accuracy + bonus - smooth - overrun

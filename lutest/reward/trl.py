@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
-from lutest.reward.latency import LatencyOutcome, LatencyReward
+from lutest.reward.latency import LatencyReward, checked_reward
+from lutest.reward.outcome import metrics_of
 from lutest.reward.rollout import Completion, column_rows
 
 
@@ -21,8 +21,10 @@ class TRLReward:
     from ``__name__``, and leaves the None of a row out of the sum of rewards.
 
     Where ``log_metric`` is passed, it gets the means over the batch: ``latency/ms`` and ``latency/over_limit`` (share
-    of rollouts above what they were held against) of the known configurations, ``latency/unknown`` (share of
-    configurations that are not in the table), and each term: ``latency/smooth_penalty``, ``latency/squared_overrun``,
+    of rollouts above what they were held against) of the known configurations; the shares ``latency/unknown`` (not in
+    the table, or never measured near that length), ``latency/extrapolated`` (beyond measured lengths) and
+    ``latency/wrong_row`` (something in the row could not be read); and each term:
+    ``latency/smooth_penalty``, ``latency/squared_overrun``,
     ``latency/efficiency_bonus``, ``latency/complexity_penalty``. Where ``log_extra`` is passed, it gets the columns
     ``latency_ms`` and ``latency_decided_by``.
 
@@ -35,6 +37,9 @@ class TRLReward:
 
     reward: LatencyReward
     name: str = "latency_reward"
+
+    def __post_init__(self) -> None:
+        checked_reward(self.reward)
 
     @property
     def __name__(self) -> str:
@@ -73,24 +78,13 @@ class TRLReward:
         """
         ids = self.reward.columns.completion_ids
         given = columns if completion_ids is None else {**columns, ids: completion_ids}
+        self.reward.check_columns(given)
         rows = column_rows(given, self.reward.column_names, len(prompts))
         outcomes = self.reward.judge_rows(rows, completions)
         if log_metric is not None:
-            for metric, value in _metrics([outcome for outcome in outcomes if outcome is not None]):
+            for metric, value in metrics_of([outcome for outcome in outcomes if outcome is not None]):
                 log_metric(metric, value)
         if log_extra is not None:
             log_extra("latency_ms", [None if outcome is None else outcome.latency_ms for outcome in outcomes])
             log_extra("latency_decided_by", [None if outcome is None else outcome.decided_by for outcome in outcomes])
         return [None if outcome is None else outcome.reward for outcome in outcomes]
-
-
-def _metrics(outcomes: Sequence[LatencyOutcome]) -> Iterator[tuple[str, float]]:
-    """Names and means of what is logged, as far as there is anything to take them of."""
-    if outcomes:
-        yield "latency/unknown", fmean(outcome.latency_ms is None for outcome in outcomes)
-        for term in ("smooth_penalty", "squared_overrun", "efficiency_bonus", "complexity_penalty"):
-            yield f"latency/{term}", fmean(getattr(outcome, term) for outcome in outcomes)
-    known_ms = [outcome.latency_ms for outcome in outcomes if outcome.latency_ms is not None]
-    if known_ms:
-        yield "latency/ms", fmean(known_ms)
-        yield "latency/over_limit", sum(bool(outcome.over_limit) for outcome in outcomes) / len(known_ms)

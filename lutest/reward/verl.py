@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import Any
 
 from lutest.reader.errors import ArgumentError
-from lutest.reward.latency import LatencyReward, trainer_figures
+from lutest.reward.latency import LatencyReward, checked_reward
+from lutest.reward.outcome import trainer_figures
 from lutest.reward.rollout import Columns
 from lutest.reward.terms import Weights
 
@@ -45,6 +46,9 @@ class VerlReward:
     reward: LatencyReward
     score: Score | None = None
     without_configuration: float = 0.0
+
+    def __post_init__(self) -> None:
+        checked_reward(self.reward)
 
     def __call__(
         self,

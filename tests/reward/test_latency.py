@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
-from lutest.reader.errors import ArgumentError, NoDecodeDataError, TableError, UnknownKeyError
+from lutest.reader.errors import ArgumentError, LutestWarning, NoDecodeDataError, TableError, UnknownKeyError
 from lutest.reader.figures import Key
 from lutest.reader.table import LatencyTable
 from lutest.reward.latency import LatencyReward
@@ -149,15 +149,27 @@ class FakeEntry(NamedTuple):
     def p_within(self, _: object, __: object, workload: str | None) -> float:
         return 0.25 if workload == "web" else 0.75
 
+    def extrapolates(self, *_: object) -> bool:
+        return False
+
     @property
     def top_k(self) -> float:
         return float(self.key[1])
+
+    @property
+    def prefill_p50_ms(self) -> float:
+        return self.prefill_ms()
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        return 0.0, math.inf
 
 
 class FakeTable:
     keys: tuple[Key, ...] = (("low", 4, 16), ("low", 8, 16))
     key_columns = TABLE.key_columns
     figures = TABLE.figures
+    output_lengths = TABLE.output_lengths
     quantiles = (0.5, 0.95)
 
     def __getitem__(self, key: Key) -> FakeEntry:
@@ -206,8 +218,8 @@ SOURCES: dict[str, tuple[dict[str, Any], dict[str, object], str | None]] = {
         {**ROW, "top_k": 8.0, "num_blocks": 16.0, "prompt_tokens": 90.0},
         None,
     ),
-    "constant budget": ({"budget_ms": 60.0}, {**ROW, "budget_ms": math.nan}, None),
-    "column before constant": ({"budget_ms": 1.0}, ROW, None),
+    "constant budget": ({"budget_ms": 60.0}, {**ROW, "budget_ms": None}, None),
+    "column before constant": ({"budget_ms": 30.0}, ROW, None),
     "policy": ({"parse": parse_words}, {"prompt_tokens": 90, "budget_ms": 60.0}, "I use low 8 16"),
     "policy before columns": ({"parse": parse_words}, {**ROW, "tier": "high"}, "use low 8 16"),
     "columns where the policy is silent": ({"parse": parse_words}, ROW, "nothing to say"),
@@ -273,25 +285,52 @@ def test_a_row_without_configuration_has_no_reward(row: dict[str, object]) -> No
     assert LatencyReward(TABLE, parse=parse_words).judge({**row, "tier": "low"}, "text") is None
 
 
-def test_columns_with_part_of_a_configuration_are_a_mistake() -> None:
+def test_columns_with_part_of_a_configuration_count_as_an_unknown_one() -> None:
+    reward = LatencyReward(TABLE)
+    with pytest.warns(LutestWarning, match="part of a configuration: no value in column 'num_blocks'"):
+        outcome = reward.judge({**ROW, "num_blocks": None})
+    assert outcome is not None
+    assert outcome == LatencyReward(TABLE).judge({**ROW, "top_k": 99})._replace(wrong_row=True)  # type: ignore[union-attr]
     with pytest.raises(ArgumentError, match="'num_blocks'"):
-        LatencyReward(TABLE).judge({**ROW, "num_blocks": None})
+        LatencyReward(TABLE, on_unknown="error").judge({**ROW, "num_blocks": None})
+
+
+def test_a_budget_that_cannot_be_read_does_not_pass_for_the_constant_one() -> None:
+    with pytest.warns(LutestWarning, match="budget_ms is nan"):
+        outcome = LatencyReward(TABLE, 60.0).judge({**ROW, "budget_ms": math.nan})
+    assert outcome is not None
+    assert (outcome.wrong_row, outcome.unknown, outcome.limit_ms) == (True, True, 0.8 * 60.0)
 
 
 @pytest.mark.parametrize(
     ("row", "named"),
     [
         ({"budget_ms": None}, "budget_ms"),
+        ({"budget_ms": math.nan}, "budget_ms"),
         ({"budget_ms": -1.0}, "budget_ms"),
+        ({"budget_ms": 0.06}, "budget_ms is 0.06, but the fastest configuration needs"),
         ({"prompt_tokens": -3}, "prompt_tokens"),
-        ({"output_tokens": 0}, "output_tokens"),
+        ({"output_tokens": -1}, "output_tokens"),
         ({"top_k": "many"}, "top_k"),
         ({"tier": 0}, "tier"),
     ],
 )
-def test_columns_that_cannot_be_right_are_named(row: dict[str, object], named: str) -> None:
+def test_columns_that_cannot_be_right_are_told_of_once_and_end_no_run(row: dict[str, object], named: str) -> None:
+    rows, reward = [ROW, {**ROW, **row}, {**ROW, **row}], LatencyReward(TABLE)
+    with pytest.warns(LutestWarning, match=named) as told:
+        right, wrong, again = reward.judge_rows(rows, [None] * 3)
+    assert len(told) == 1
+    assert right == LatencyReward(TABLE).judge(ROW)
+    assert wrong == again
+    if "budget_ms" in row:
+        assert wrong is None  # nothing to hold it against
+    else:
+        assert wrong is not None
+        assert (wrong.wrong_row, wrong.unknown) == (True, True)
+        assert right is not None
+        assert -5.0 <= wrong.reward < right.reward
     with pytest.raises(ArgumentError, match=f"rollout 1 of the batch.*{named}"):
-        LatencyReward(TABLE).judge_rows([ROW, {**ROW, **row}], [None, None])
+        LatencyReward(TABLE, on_unknown="error").judge_rows(rows, [None] * 3)
 
 
 GARBAGE = [

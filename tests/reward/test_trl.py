@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lutest import load
-from lutest.reader.errors import ArgumentError
+from lutest.reader.errors import ArgumentError, LutestWarning
 from lutest.reader.figures import Key
 from lutest.reader.table import LatencyTable
 from lutest.reward.latency import LatencyReward
@@ -113,13 +113,16 @@ def test_terms_are_logged_where_log_metric_is_passed() -> None:
     over = [latency > budget for latency, budget in zip(latencies, (40.0, 90.0), strict=True)]
     assert log.metrics.pop("latency/over_limit") == sum(over) / 2
     assert log.metrics.pop("latency/unknown") == pytest.approx(1 / 3)
+    assert log.metrics.pop("latency/extrapolated") == pytest.approx(1 / 3)
+    assert log.metrics.pop("latency/wrong_row") == 0.0
     assert not log.metrics
     assert rewards == TRLReward(reward)(**BATCH)
 
 
 def test_a_batch_without_any_configuration_logs_nothing() -> None:
     log = Log()
-    rewards = TRLReward(LatencyReward(TABLE))(prompts=["p"], completions=["a"], log_metric=log.log_metric)
+    nothing: dict[str, Any] = {name: [None] for name in ("tier", "top_k", "num_blocks", "budget_ms")}
+    rewards = TRLReward(LatencyReward(TABLE))(prompts=["p"], completions=["a"], **nothing, log_metric=log.log_metric)
     assert rewards == [None]
     assert not log.metrics
 
@@ -128,8 +131,10 @@ def test_columns_that_are_not_one_value_a_completion_are_named() -> None:
     for wrong in ([40.0], 40.0, "40.0"):
         with pytest.raises(ArgumentError, match="budget_ms"):
             TRLReward(LatencyReward(TABLE))(**{**BATCH, "budget_ms": wrong})
-    with pytest.raises(ArgumentError, match=r"rollout 1 of the batch.*prompt_tokens"):
-        TRLReward(LatencyReward(TABLE))(**{**BATCH, "prompt_tokens": [50, -1, 1, 1]})
+    log = Log()
+    with pytest.warns(LutestWarning, match=r"prompt_tokens is -1"):
+        TRLReward(LatencyReward(TABLE))(**{**BATCH, "prompt_tokens": [50, -1, 1, 1]}, log_metric=log.log_metric)
+    assert log.metrics["latency/wrong_row"] == pytest.approx(1 / 3)
 
 
 def test_it_has_a_name_and_pickles() -> None:
