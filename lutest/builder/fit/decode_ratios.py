@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize
 
-from lutest.builder.fit.observations import FOLDS, Floats, Integers
+from lutest.builder.fit.observations import FOLDS, Flags, Floats, Integers
 from lutest.builder.fit.quantiles import (
     local_quantiles,
     local_weights,
     own_shifts,
     shrink,
     variance_between,
-    weighted_quantiles,
 )
 
 LEAST_RATIO = 1e-3
@@ -53,6 +52,9 @@ def decode_ratios(keys: list[RunsOfKey], knots: Floats, levels: Floats) -> tuple
     fold = np.concatenate([np.arange(size) % FOLDS for size in sizes])
     middle = np.array([0.5])
 
+    cost = np.concatenate([key.decode_ms for key in keys])
+    level = _levels(ratio, cost, at, place, owner, fold) if keys[0].one_pass else np.ones(len(keys))
+    ratio = ratio / level[owner]
     center = local_quantiles(at, ratio, place, middle)[:, 0]
     offset = np.zeros(len(keys))
     residual = ratio - np.interp(at, place, center)
@@ -64,25 +66,59 @@ def decode_ratios(keys: list[RunsOfKey], knots: Floats, levels: Floats) -> tuple
         center = local_quantiles(at, corrected, place, middle)[:, 0]
         residual = corrected - np.interp(at, place, center)
     at_knots = np.array([key.fixed_one / knots for key in keys])
-    own = own_shifts((residual / spread)[:, None], owner, nearness, fold, len(keys), middle)[:, :, 0]
+    one, cost = np.ones(len(keys)), level[owner] * cost
+
+    def own_shape(excess: Floats, levels: Floats) -> Floats:
+        apart = np.broadcast_to(excess, (FOLDS, *excess.shape))
+        return own_shifts(excess, apart, owner, nearness, cost * spread, fold, one, levels)
+
+    own = own_shape((residual / spread)[:, None], middle)[:, :, 0]
     centers = center + offset[:, None] * at_knots + own * _noise_spread(components[:, None], knots, at_knots)
     residual = residual - spread * np.concatenate([np.interp(p, place, o) for p, o in zip(parts, own, strict=True)])
     components = _noise_components(residual, steps, fixed, owner, len(keys))
     spread = _noise_spread(components[owner], steps, fixed)
     u = residual / spread
 
-    level, shrinkage = _fit_leverage(u, spread, steps, owner, len(keys))
+    doubt, shrinkage = _fit_leverage(u, spread, steps, owner, len(keys))
     full = u / shrinkage
     shape = local_quantiles(at, full, place, levels)
     beyond = full[:, None] - np.stack([np.interp(at, place, column) for column in shape.T], axis=1)
-    shifts = np.stack(
-        [_key_shifts(column, owner, sizes, float(q)) for column, q in zip(beyond.T, levels, strict=True)], axis=1
-    )
-    shapes = shape + shifts[:, None]
-    shapes += own_shifts(beyond - shifts[owner], owner, nearness, fold, len(keys), levels)
-    ahead = np.sqrt(_noise_spread(components[:, None], knots, at_knots) ** 2 + level[:, None])
-    ratios = np.maximum(np.sort(centers[:, :, None] + ahead[:, :, None] * shapes, axis=2), LEAST_RATIO)
-    return ratios, np.sqrt(1 + level[owner] / spread**2) / shrinkage
+    shapes = shape + own_shape(beyond, levels)
+    ahead = np.sqrt(_noise_spread(components[:, None], knots, at_knots) ** 2 + doubt[:, None])
+    ratios = level[:, None, None] * (centers[:, :, None] + ahead[:, :, None] * shapes)
+    ratios = np.maximum(np.sort(ratios, axis=2), LEAST_RATIO)
+    return ratios, np.sqrt(1 + doubt[owner] / spread**2) / shrinkage
+
+
+def _levels(ratio: Floats, cost: Floats, at: Floats, place: Floats, owner: Integers, fold: Integers) -> Floats:
+    """Mean decode over D of each key, shrunk, where it says more of unseen runs than one level for all does.
+
+    Steps that wait are no part of a sum of medians, and keys differ in how many of theirs do.
+    """
+    n_keys = int(owner[-1]) + 1
+
+    def means(rows: Flags) -> Floats:
+        mine, size = owner[rows], cost[rows]
+        total, squares = (np.bincount(mine, size**power, n_keys) for power in (1, 2))
+        mean = np.maximum(np.bincount(mine, size * ratio[rows], n_keys) / np.maximum(total, TINY), LEAST_RATIO)
+        noise = np.sum((size * (ratio[rows] / mean[mine] - 1)) ** 2) / max(
+            np.sum(squares * (1 - squares / np.maximum(total**2, TINY))), TINY
+        )
+        # one size of noise for all: that of a few runs is too much of a chance to weigh by
+        variance = noise * squares / np.maximum(total, TINY) ** 2
+        return np.exp(shrink(np.log(mean), np.where(total > 0, np.maximum(variance, TINY), 1 / TINY)))
+
+    if n_keys < 2 or not fold.any():
+        return np.ones(n_keys)
+    loss = np.zeros((2, n_keys))
+    for number in np.unique(fold):
+        held = fold == number
+        for row, level in enumerate((np.ones(n_keys), means(~held))):
+            center = local_quantiles(at[~held], (ratio / level[owner])[~held], place, np.array([0.5]))[:, 0]
+            left = ratio[held] - level[owner[held]] * np.interp(at[held], place, center)
+            loss[row] += np.bincount(owner[held], cost[held] * np.abs(left), n_keys)
+    known = loss[0] > 0
+    return means(fold >= 0) if np.mean(loss[1, known] / loss[0, known]) < 1 else np.ones(n_keys)
 
 
 def _offsets(residual: Floats, fixed: Floats, spread: Floats, owner: Integers, n_keys: int) -> Floats:
@@ -99,22 +135,6 @@ def _offsets(residual: Floats, fixed: Floats, spread: Floats, owner: Integers, n
         # Sandwich error with a Laplace density at the median, 1 / (2 E|u|).
         error[key] = np.mean(np.abs(deviation)) / np.sqrt(np.sum(weight**2))
     return shrink(estimate, error**2)
-
-
-def _key_shifts(excess: Floats, owner: Integers, sizes: Integers, q: float) -> Floats:
-    """Shift of each key's quantile against the pooled one, as far as coverages differ by more than chance."""
-    if len(sizes) < 2:
-        return np.zeros(len(sizes))
-    below = np.bincount(owner, (excess <= 0).astype(float), len(sizes)) / sizes
-    chance = q * (1 - q) / sizes
-    between = variance_between(below, chance)
-    if between == 0.0:
-        return np.zeros(len(sizes))
-    level = np.array([q])
-    own = np.array(
-        [weighted_quantiles(np.sort(excess[owner == key]), np.ones(sizes[key]), level)[0] for key in range(len(sizes))]
-    )
-    return np.asarray(own * between / (between + chance))
 
 
 def _noise_components(residual: Floats, steps: Floats, fixed: Floats, owner: Integers, n_keys: int) -> Floats:

@@ -13,6 +13,7 @@ from lutest.reader.figures import KeyColumn
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 FOLDS = 5
 
@@ -91,7 +92,7 @@ class Observations:
     key_ids: Integers
     axes: KeyAxes
 
-    def rows(self, chosen: NDArray[np.bool_]) -> Observations:
+    def rows(self, chosen: Flags) -> Observations:
         """Those of the chosen rows."""
         parts = {name: getattr(self, name)[chosen] for name in ("place", "log_ms", "key", "fold", "weight")}
         return replace(self, **parts)

@@ -12,7 +12,11 @@ from lutest.builder.fit.observations import Floats, Integers
 _EXACT_ROWS = 200  # above, an LP costs more than it gains
 _NEIGHBOURS = 150  # runs that a local quantile rests on, where there are as many
 _TAIL_RUNS = 10  # runs that an exponential tail rests on
-_CLEAR = 2.0  # standard errors over groups by which what is their own must lower the loss
+_MADE_UP = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # observations that what all groups share may count for in each
+# Standard errors over groups by which they must lower the loss: at half of it calm groups follow their own chance, at
+# twice as much the tail of ten runs a group is that of all.
+_CLEAR = 0.5
+_ATOMS = 200  # places that stand for the distribution of all
 
 
 def weighted_quantile(values: Floats, weights: Floats, q: float) -> float:
@@ -143,79 +147,103 @@ def _tail(values: Floats, weight: Floats, rank: Floats, effective: float, q: flo
 
 
 def own_shifts(
-    excess: Floats, group: Integers, weights: Floats, fold: Integers, n_groups: int, levels: Sequence[float] | Floats
+    excess: Floats,
+    apart: Floats,
+    group: Integers,
+    weights: Floats,
+    cost: Floats,
+    fold: Integers,
+    scale: Floats,
+    levels: Sequence[float] | Floats,
 ) -> Floats:
-    """Shifts of each group's quantiles against those that all groups share, where the groups differ.
+    """Shifts of each group's quantiles against those that all groups share, as far as its own sample earns them.
 
     Parameters
     ----------
     excess : ndarray, shape (n, levels)
         What each observation lies beyond the shared quantiles.
-    group : ndarray of int, shape (n,)
+    apart : ndarray, shape (folds, n, levels)
+        The same by fits without each fold.
+    group, fold : ndarray of int, shape (n,)
+        `group` ascends.
     weights : ndarray, shape (places, n)
         Weight of an observation at each place.
-    fold : ndarray of int, shape (n,)
-        Part of the cross-validation.
-    n_groups : int
+    cost : ndarray, shape (n,)
+        What a unit of the excess is worth.
+    scale : ndarray, shape (groups,)
+        Size of the noise of each group.
     levels : sequence of float
 
     Returns
     -------
     ndarray, shape (groups, places, levels)
-        Zero where they do not clearly lower the cross-validated pinball loss of all levels together.
 
     Notes
     -----
-    Noise may have several modes, and a mean of two quantiles may then lie where no run does. So it is the rank that is
-    shrunk: where a share c of a group lies under the shared quantile of level q, the group's own quantile of level
-    q + (c - q) · v / (b + v) is taken, v the sampling variance of c and b the variance of c between groups.
+    The noise of a group is a Dirichlet process round that of all, in units of `scale`: its quantile is that of its own
+    observations and of n0 made-up ones, spread like those of all (Ferguson 1973). Distributions are mixed, not
+    quantiles: noise may have several modes, and between two of them no run lies. A level's n0 has the least
+    cross-validated pinball loss, relative to each group's loss by the shared quantile, which is one of the choices.
+
+    References
+    ----------
+    T. S. Ferguson (1973), A Bayesian analysis of some nonparametric problems, Annals of Statistics 1.
     """
+    n_groups, folds = len(scale), np.unique(fold)
     shifts = np.zeros((n_groups, len(weights), len(levels)))
-    saved = np.zeros(n_groups)
+    if len(folds) < 2:
+        return shifts
     for column, q in enumerate(levels):
-        order = np.lexsort([excess[:, column], group])
-        beyond, owner, part, mass = excess[order, column], group[order], fold[order], weights[:, order]
-        fall = np.zeros(n_groups)
-        for held in (part == number for number in np.unique(fold)):
-            for weight in mass:
-                shift = _shrunk_by_rank(beyond[~held], owner[~held], weight[~held], n_groups, q)
-                change = _pinball(beyond[held], q) - _pinball(beyond[held] - shift[owner[held]], q)
-                fall += np.bincount(owner[held], weight[held] * change, n_groups)
-        # Relative to its mean loss, so that a calm group says as much as a noisy one of as many observations.
-        total = mass.sum(axis=0)
-        mean = np.bincount(owner, total * _pinball(beyond, q), n_groups) / np.maximum(
-            np.bincount(owner, total, n_groups), 1e-300
-        )
-        saved += fall / np.maximum(mean, 1e-300)
-        for place, weight in enumerate(mass):
-            shifts[:, place, column] = _shrunk_by_rank(beyond, owner, weight, n_groups, q)
-    clear = saved.sum() > _CLEAR * np.sqrt(np.sum(saved**2))
-    return shifts if clear else np.zeros_like(shifts)
-
-
-def _pinball(residual: Floats, q: float) -> Floats:
-    return np.maximum(q * residual, (q - 1) * residual)
-
-
-def _shrunk_by_rank(excess: Floats, group: Integers, weight: Floats, n_groups: int, q: float) -> Floats:
-    """Shift of each group, of observations sorted by group and excess."""
-    shifts = np.zeros(n_groups)
-    total = np.bincount(group, weight, n_groups)
-    seen = np.flatnonzero(total > 1e-9)
-    if len(seen) < 2:
-        return shifts
-    below = np.bincount(group, weight * (excess <= 0), n_groups)[seen] / total[seen]
-    chance = q * (1 - q) / total[seen]
-    between = variance_between(below, chance)
-    if between == 0.0:
-        return shifts
-    bounds = np.searchsorted(group, np.arange(n_groups + 1))
-    for k, rank in zip(seen, q + (below - q) * chance / (between + chance), strict=True):
-        rows = np.arange(bounds[k], bounds[k + 1])
-        rows = rows[weight[rows] > 0]
-        own, drawn = weighted_quantiles(excess[rows], weight[rows], np.array([q, rank]))
-        shifts[k] = np.clip(drawn, min(own, 0.0), max(own, 0.0))
+        beyond = np.empty(len(group))
+        for number in folds:
+            beyond[fold == number] = apart[number, fold == number, column]
+        loss = np.zeros((len(_MADE_UP) + 1, n_groups))
+        for number in folds:
+            held = fold == number
+            for weight in weights:
+                own = _MixedQuantiles(apart[number, ~held, column], beyond[~held], group[~held], weight[~held], scale)
+                for row, made_up in enumerate((*_MADE_UP, np.inf)):
+                    left = beyond[held] - own.at(made_up, q)[group[held]]
+                    worth = weight[held] * cost[held] * np.maximum(q * left, (q - 1) * left)
+                    loss[row] += np.bincount(group[held], worth, n_groups)
+        relative = loss / np.maximum(loss[-1], 1e-300)
+        best = relative.sum(axis=1).argmin()
+        gain = 1 - relative[best]
+        clear = gain.mean() > _CLEAR * gain.std() / np.sqrt(n_groups)
+        made_up = _MADE_UP[best] if clear and best < len(_MADE_UP) else np.inf
+        for place, weight in enumerate(weights):
+            own = _MixedQuantiles(excess[:, column], beyond, group, weight, scale)
+            shifts[:, place, column] = own.at(made_up, q)
     return shifts
+
+
+class _MixedQuantiles:
+    """Quantiles of each group's own sample and made-up observations together, sorted once for all their numbers."""
+
+    def __init__(self, own: Floats, beyond: Floats, group: Integers, weight: Floats, scale: Floats) -> None:
+        grid = (np.arange(_ATOMS) + 0.5) / _ATOMS
+        scaled = beyond / scale[group]
+        order = np.argsort(scaled, kind="stable")
+        mass = weight[order]
+        atoms = np.interp(grid, (np.cumsum(mass) - mass / 2) / mass.sum(), scaled[order])
+        n_groups = len(scale)
+        value = np.concatenate([own, (atoms * scale[:, None]).ravel()])
+        of = np.concatenate([group, np.repeat(np.arange(n_groups), _ATOMS)])
+        order = np.lexsort([value, of])
+        self._value, self._group, self._n_groups = value[order], of[order], n_groups
+        self._own = np.concatenate([weight, np.zeros(n_groups * _ATOMS)])[order]
+        self._made_up = np.concatenate([np.zeros(len(own)), np.full(n_groups * _ATOMS, 1 / _ATOMS)])[order]
+
+    def at(self, made_up: float, q: float) -> Floats:
+        """Quantile of each group with that many made-up observations; zero with nothing else."""
+        if made_up == np.inf:
+            return np.zeros(self._n_groups)
+        mass = self._own + made_up * self._made_up
+        total = np.bincount(self._group, mass, self._n_groups)
+        middle = np.cumsum(mass) - mass / 2 - (np.cumsum(total) - total)[self._group]
+        # Groups side by side, each in its own unit of the axis.
+        rank = np.clip(middle / total[self._group], 0.0, 1.0) * (1 - 1e-9) + self._group
+        return np.asarray(np.interp(np.arange(self._n_groups) + q, rank, self._value))
 
 
 def shrink(estimate: Floats, variance: Floats) -> Floats:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy import optimize, special
 
-from lutest.builder.fit.observations import Floats, Integers
-
-Flags = npt.NDArray[np.bool_]
+from lutest.builder.fit.observations import Flags, Floats, Integers
 
 FREEDOM = 4.0  # of Student's t: subtraction has heavy tails, and normal noise costs it little efficiency
 ITERATIONS = 100

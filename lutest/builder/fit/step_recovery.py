@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from scipy import special
 
-from lutest.builder.fit.observations import Floats, Integers, KeyAxes
+from lutest.builder.fit.observations import Flags, Floats, Integers, KeyAxes
 from lutest.builder.fit.step_model import FREEDOM, LEAST_SHARE, RunTotals, StepFit, fit_steps, shared_columns
 from lutest.reader.names import quantile_column
-
-Flags = npt.NDArray[np.bool_]
 
 FEW_RUNS, LARGEST_SPREAD = 10, 0.15  # with fewer informative runs in all, the spread of a step is hardly known
 INFORMATIVE = 2.0  # a run says something of its key's step when its decode is this many times its noise

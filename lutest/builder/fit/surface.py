@@ -64,7 +64,7 @@ def fit_surface(data: Observations, more: Observations, quantiles: Sequence[floa
     model, start = chosen_model(data)
     location = fit_location(data, model, start)
     out_of_fold, posterior_variance, variance = (np.empty(len(data.place)) for _ in range(3))
-    more_out_of_fold = np.empty(len(more.place))
+    apart = []
     for fold in range(FOLDS):
         held = data.fold == fold
         partial = location
@@ -73,27 +73,37 @@ def fit_surface(data: Observations, more: Observations, quantiles: Sequence[floa
         out_of_fold[held] = data.log_ms[held] - partial.at(data.key[held], data.place[held])
         posterior_variance[held] = partial.posterior_variance(data.key[held], data.place[held])
         variance[held] = partial.state.variance
-        rows = more.fold == fold
-        more_out_of_fold[rows] = more.log_ms[rows] - partial.at(more.key[rows], more.place[rows])
+        apart.append(more.log_ms - partial.at(more.key, more.place))
     # A fit with a coefficient for every run leaves no variance, and would make any doubt immense beside it.
     size = np.abs(out_of_fold)
     least_variance = (_LEAST_SHARE * weighted_quantile(size, data.weight, 0.5)) ** 2
     widening = np.sqrt(1 + posterior_variance / np.maximum(variance, least_variance))
-    spread = _with_own_quantiles(
-        _fit_residual_quantiles(data, out_of_fold / widening, quantiles), more, more_out_of_fold, quantiles
-    )
+    scale = _key_scales(data, out_of_fold)
+    spread = _fit_residual_quantiles(data, out_of_fold / widening, scale, quantiles)
     own_variance = max(location.state.variance, least_variance)
     limit = max(_WIDEST * float(size.max()), _WIDEST_AT_LEAST)
 
-    def widened(key: Integers, place: Floats) -> Floats:
+    def shared(key: Integers, place: Floats) -> Floats:
         factor = np.sqrt(1 + location.posterior_variance(key, place) / own_variance)
         return np.asarray(np.clip(spread(key, place) * factor[:, None], -limit, limit))
 
-    return Surface(location.at, widened)
+    expected = shared(more.key, more.place)
+    shifts = own_shifts(
+        (more.log_ms - location.at(more.key, more.place))[:, None] - expected,
+        np.stack(apart)[:, :, None] - expected,
+        more.key,
+        more.weight[None],
+        np.ones(len(more.place)),
+        more.fold,
+        scale,
+        quantiles,
+    )[:, 0]
+    return Surface(location.at, lambda key, place: np.asarray(np.sort(shared(key, place) + shifts[key], axis=1)))
 
 
-def _fit_residual_quantiles(data: Observations, out_of_fold: Floats, quantiles: Sequence[float]) -> KeyFunction:
-    scale = _key_scales(data, out_of_fold)
+def _fit_residual_quantiles(
+    data: Observations, out_of_fold: Floats, scale: Floats, quantiles: Sequence[float]
+) -> KeyFunction:
     scaled = out_of_fold / scale[data.key]
     design = {name: shared_shape(data, name) for name in ("level", "linear")}
     effective = data.weight.sum()
@@ -130,20 +140,6 @@ def _fit_residual_quantiles(data: Observations, out_of_fold: Floats, quantiles: 
         return np.asarray(np.sort(levels, axis=1) * scale[key][:, None])
 
     return spread
-
-
-def _with_own_quantiles(
-    spread: KeyFunction, data: Observations, out_of_fold: Floats, quantiles: Sequence[float]
-) -> KeyFunction:
-    shared = spread(data.key, data.place)
-    shifts = own_shifts(
-        out_of_fold[:, None] - shared, data.key, data.weight[None], data.fold, len(data.key_ids), quantiles
-    )
-
-    def own(key: Integers, place: Floats) -> Floats:
-        return np.asarray(np.sort(spread(key, place) + shifts[key, 0], axis=1))
-
-    return own
 
 
 def _pooled(x: Floats, y: Floats, q: float, weights: Floats) -> Floats:
