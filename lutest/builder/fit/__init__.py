@@ -23,10 +23,11 @@ posterior variance is kept. The structure is chosen by the out-of-fold loss, fiv
 residuals are a quantile regression [4]_ on length and numbers, shifted to the rank of conformal prediction [5]_. The
 posterior variance of u widens them. Below 1 / (1 - q) runs in all, normal theory prolongs them.
 
-*A key's own quantiles* (`quantiles.own_shifts`). Noise under load has modes, and each key its own. Where the
-out-of-fold pinball loss, summed over keys, falls by more than two standard errors, each key's quantiles go from the
-shared ones towards its own residuals'. Shrunk is the rank: a mean of two quantiles may lie between two modes, where
-no run does. The steps of a run resemble each other; their effective sample size is Kish's [6]_.
+*A key's own quantiles* (`quantiles.own_shifts`). Noise under load has modes, and each key its own: a Dirichlet process
+round the noise of all [13]_. A key's quantile is that of its own residuals and of n0 made-up ones, spread like those of
+all in units of the key's scale; distributions are mixed, as between the modes of two quantiles no run lies. n0 has the
+least pinball loss out of fold, relative to each key's loss by the shared quantile; without a clear gain that one stays.
+The steps of a run resemble each other; their effective sample size is Kish's [6]_.
 
 *Knots* (`curves`). Piecewise-linear, exact at the knots; prefill rises (isotonic regression). Beyond its lengths a
 key goes on with the growth of the others there, and beyond those of all with its last slope; below them nothing is
@@ -57,8 +58,9 @@ D is the sum of the P50 curve over a run's steps. Quantiles of decode are D time
 Noise of steps averages out within a run, that of slow runs does not; w is what noise of a fixed size comes to: 1 / m,
 and for subtraction a prefill's. The variance components [10]_ maximise a Laplace likelihood, of all keys and shrunk
 to it of each key. c is a local median over log m; subtraction adds an offset per key, in units of w. The quantiles of
-e are local too, as their shape drifts from a step's to a run's; keys deviate as above (location, then quantiles), as
-far as their coverages differ by more than chance [11]_. Tails beyond the sample are exponential [12]_. D was fitted
+e are local too, as their shape drifts from a step's to a run's; keys deviate as above (location, then quantiles), and
+before that, where it lowers the loss out of fold, by a level of their own, the mean of decode over D shrunk to that of
+all [11]_: a step that waits is no part of a sum of medians. Tails beyond the sample are exponential [12]_. D was fitted
 to the same runs: residuals are too small by sqrt(1 - h), new runs off by sqrt(1 + h), h = H / runs of the key, and H
 in [0, 1] is read off the spread of the keys' mean residuals.
 
@@ -94,6 +96,7 @@ References
 .. [11] R. DerSimonian and N. Laird (1986), Meta-analysis in clinical trials, Controlled Clinical Trials 7.
 .. [12] L. Breiman, C. Stone and C. Kooperberg (1990), Robust confidence bounds for extreme upper quantiles, J.
    Statist. Comput. Simul. 37.
+.. [13] T. S. Ferguson (1973), A Bayesian analysis of some nonparametric problems, Annals of Statistics 1.
 """
 
 from __future__ import annotations

@@ -118,7 +118,8 @@ def _levels(ratio: Floats, cost: Floats, at: Floats, place: Floats, owner: Integ
             left = ratio[held] - level[owner[held]] * np.interp(at[held], place, center)
             loss[row] += np.bincount(owner[held], cost[held] * np.abs(left), n_keys)
     known = loss[0] > 0
-    return means(fold >= 0) if np.mean(loss[1, known] / loss[0, known]) < 1 else np.ones(n_keys)
+    better = known.any() and np.mean(loss[1, known] / loss[0, known]) < 1
+    return means(fold >= 0) if better else np.ones(n_keys)
 
 
 def _offsets(residual: Floats, fixed: Floats, spread: Floats, owner: Integers, n_keys: int) -> Floats:
