@@ -30,7 +30,7 @@ _SUMS = 2048  # lengths up to which sums of steps are held
 class Levels(NamedTuple):
     """Normal scores of the levels of a table, the place of the median, and the weight of each in the mean total.
 
-    `probabilities` are those of the increasing scores `at`, 0 and 1 at its ends.
+    `probabilities` are those of the increasing scores `at`, beyond which they are 0 and 1.
     """
 
     scores: tuple[float, ...]
@@ -61,7 +61,7 @@ def levels_of(quantiles: tuple[float, ...]) -> Levels:
         weights[j] += (high * mass - moment) / (high - low)
         weights[j + 1] += (moment - low * mass) / (high - low)
     at = np.union1d(np.linspace(-outermost, outermost, _SCORES + 1), scores)
-    probabilities = np.array([0.0, *map(_below, at[1:-1].tolist()), 1.0])
+    probabilities = np.array([_below(score) for score in at.tolist()])
     return Levels(scores, outermost, tuple(weights), quantiles.index(0.5), at, probabilities)
 
 
@@ -70,7 +70,13 @@ def _below(score: float) -> float:
 
 
 def share_within(levels: Levels, budget_ms: Any, middle_ms: Any, deviations_ms: Iterable[Any]) -> Any:
-    """Probabilities that totals stay within budgets.
+    """Probabilities that totals stay within budgets; parameters as of `scores_within`."""
+    score = scores_within(levels, budget_ms, middle_ms, deviations_ms)
+    return np.interp(score, levels.at, levels.probabilities, 0.0, 1.0)
+
+
+def scores_within(levels: Levels, budget_ms: Any, middle_ms: Any, deviations_ms: Iterable[Any], of: Any = np) -> Any:
+    """Normal scores of the probabilities that totals stay within budgets.
 
     Parameters
     ----------
@@ -79,6 +85,8 @@ def share_within(levels: Levels, budget_ms: Any, middle_ms: Any, deviations_ms: 
         Budgets, and P50 of the totals.
     deviations_ms : iterable of float or array
         How far the totals at the levels are from that; what decreases from level to level is taken for equal.
+    of : module
+        Whose arrays they are: NumPy's, or torch's.
     """
     excess = budget_ms - middle_ms
     score: Any = None
@@ -89,11 +97,11 @@ def share_within(levels: Levels, budget_ms: Any, middle_ms: Any, deviations_ms: 
             on_line = excess * rise / high
         else:
             if j + 1 != levels.median:
-                high = np.maximum(high, low + LEAST_MS)
+                high = of.maximum(high, low + LEAST_MS)
             on_line = (excess - low) * rise / (high - low) + levels.scores[j]
-        score = on_line if score is None else np.where(excess >= low, on_line, score)
+        score = on_line if score is None else of.where(excess >= low, on_line, score)
         low = high
-    return np.interp(score, levels.at, levels.probabilities)
+    return score
 
 
 def mean_of(levels: Levels, middle_ms: Any, deviations_ms: Iterable[Any]) -> Any:

@@ -50,6 +50,18 @@ def test_all_verbs_answer_as_the_batch_does(q: float) -> None:
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
 
 
+def test_unknown_lengths_are_answered_as_the_batch_does() -> None:
+    module, batch = TABLE.to_torch(), TABLE.batch
+    ids, prompts, _ = drawn()
+    budgets = np.random.default_rng(1).uniform(10.0, 3000.0, len(ids))
+    i, p, b = tensors(ids, prompts, budgets)
+    for prompt, given in ((None, None), (p, prompts)):
+        np.testing.assert_allclose(module.p_within(i, b, prompt), batch.p_within(ids, budgets, given), atol=1e-7)
+        np.testing.assert_allclose(module.expected_total_ms(i, prompt), batch.expected_total_ms(ids, given), rtol=1e-12)
+    assert math.isnan(module.p_within(torch.tensor(-1), 500.0))
+    assert module.p_within(i[:6].reshape(2, 3), 1e9).tolist() == [[1.0] * 3] * 2
+
+
 def test_one_token_is_prefill() -> None:
     ids, prompts, _ = drawn()
     i, p = tensors(ids, prompts)
