@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import duckdb
 
+from lutest.builder.order_statistics import write_order_statistics
 from lutest.reader.figures import KeyColumn
 from lutest.reader.names import quantile_column, quote
 
@@ -40,29 +40,15 @@ def write_aggregates(
     Means and deviations add up whole nanoseconds, so that they do not depend on the order of rows or threads.
     """
     _write_steps(connection)
-    _write_prefill(connection, quantiles)
-    _write_decode(connection, quantiles)
-    _write_upper_bounds(connection, upper_rank)
+    _write_prefill(connection, quantiles, upper_rank)
+    _write_decode(connection, quantiles, upper_rank)
     _write_samples(connection, key_columns)
     _write_output_length(connection)
     _write_quality(connection)
 
 
-def _quantile_list(value: str, quantiles: Sequence[float]) -> str:
-    """One pass for all levels, as a list; unpacked by _quantile_columns."""
-    return f"quantile_cont({value}, [{', '.join(map(repr, quantiles))}]) AS levels"
-
-
 def _quantile_columns(quantiles: Sequence[float]) -> str:
-    return ", ".join(f"levels[{i}] AS {quantile_column(q)}" for i, q in enumerate(quantiles, start=1))
-
-
-def _moments(value: str) -> str:
-    nanoseconds = f"CAST(round({value} * 1e6) AS HUGEINT)"
-    return (
-        f"CAST(sum({nanoseconds}) FILTER (NOT outlier) AS DOUBLE) AS sum_ns, "
-        f"CAST(sum({nanoseconds} * {nanoseconds}) FILTER (NOT outlier) AS DOUBLE) AS sum_square_ns"
-    )
+    return ", ".join(map(quantile_column, quantiles))
 
 
 _STD = (
@@ -90,7 +76,11 @@ def _write_steps(connection: duckdb.DuckDBPyConnection) -> None:
     )
 
 
-def _write_prefill(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> None:
+def _write_prefill(
+    connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float], upper_rank: Callable[[int], int | None]
+) -> None:
+    counts = "(SELECT key_id, count(*) FILTER (NOT outlier) AS n FROM sound_runs GROUP BY key_id)"
+    write_order_statistics(connection, "prefill_figures", "sound_runs", "prefill_ms", quantiles, upper_rank, counts)
     vision = "coalesce(prompt_tokens - text_tokens, vision_tokens)"
     connection.execute(
         f"""
@@ -98,9 +88,6 @@ def _write_prefill(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[fl
         WITH grouped AS (
             SELECT
                 key_id,
-                count(*) FILTER (NOT outlier) AS n_values,
-                {_quantile_list("prefill_ms", quantiles)},
-                {_moments("prefill_ms")},
                 min(prefill_ms) AS min_ms,
                 max(prefill_ms) AS max_ms,
                 quantile_disc(prompt_tokens, 0.5) FILTER (NOT outlier) AS prompt_tokens_p50,
@@ -112,89 +99,47 @@ def _write_prefill(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[fl
             GROUP BY key_id
         )
         SELECT
-            key_id, n_values AS n, {_quantile_columns(quantiles)}, NULL::DOUBLE AS p95_upper_ms,
+            key_id, n_values AS n, {_quantile_columns(quantiles)}, p95_upper_ms,
             sum_ns / n_values / 1e6 AS mean_ms, {_STD}, min_ms, max_ms,
             prompt_tokens_p50, prompt_tokens_min, prompt_tokens_max, vision_tokens_p50
-        FROM grouped
+        FROM grouped JOIN prefill_figures USING (key_id)
         """
     )
 
 
-def _write_decode(connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float]) -> None:
+def _write_decode(
+    connection: duckdb.DuckDBPyConnection, quantiles: Sequence[float], upper_rank: Callable[[int], int | None]
+) -> None:
+    connection.execute(
+        """
+        CREATE OR REPLACE TEMP TABLE decode_runs AS
+        SELECT
+            key_id,
+            count(*) AS n,
+            CAST(sum(output_tokens - 1) AS BIGINT) AS n_steps,
+            count(*) FILTER (clamped) AS n_clamped,
+            count(*) FILTER (timed) AS n_timed,
+            CAST(sum(CAST(round(decode_ms * 1e6) AS HUGEINT)) AS DOUBLE)
+                / sum(output_tokens - 1) / 1e6 AS of_totals_ms
+        FROM accepted_runs
+        WHERE output_tokens >= 2
+        GROUP BY key_id
+        """
+    )
+    # Steps of one run are not independent, so their bound has the rank that as many runs would give.
+    counts = "(SELECT key_id, n_timed AS n FROM decode_runs)"
+    write_order_statistics(connection, "step_figures", "steps", "step_ms", quantiles, upper_rank, counts)
     connection.execute(
         f"""
         CREATE OR REPLACE TABLE decode AS
-        WITH of_runs AS (
-            SELECT
-                key_id,
-                count(*) AS n,
-                CAST(sum(output_tokens - 1) AS BIGINT) AS n_steps,
-                count(*) FILTER (clamped) AS n_clamped,
-                count(*) FILTER (timed) AS n_timed,
-                CAST(sum(CAST(round(decode_ms * 1e6) AS HUGEINT)) AS DOUBLE)
-                    / sum(output_tokens - 1) / 1e6 AS of_totals_ms
-            FROM accepted_runs
-            WHERE output_tokens >= 2
-            GROUP BY key_id
-        ),
-        of_steps AS (
-            SELECT
-                key_id,
-                count(*) FILTER (NOT outlier) AS n_values,
-                {_quantile_list("step_ms", quantiles)},
-                {_moments("step_ms")}
-            FROM steps
-            GROUP BY key_id
-        )
         SELECT
-            key_id, n, n_steps, n_clamped, {_quantile_columns(quantiles)},
-            NULL::DOUBLE AS p95_upper_ms,
+            key_id, n, n_steps, n_clamped, {_quantile_columns(quantiles)}, p95_upper_ms,
             coalesce(sum_ns / n_values / 1e6, of_totals_ms) AS mean_ms, {_STD},
             CASE WHEN n_timed > 0 THEN 'timed' ELSE 'totals' END AS steps,
             n_timed
-        FROM of_runs LEFT JOIN of_steps USING (key_id)
+        FROM decode_runs LEFT JOIN step_figures USING (key_id)
         """
     )
-
-
-def _write_upper_bounds(connection: duckdb.DuckDBPyConnection, upper_rank: Callable[[int], int | None]) -> None:
-    # Steps of one run are not independent, so their bound has the rank that as many runs would give.
-    for table, count, relation, value in (
-        ("prefill", "n", "sound_runs", "prefill_ms"),
-        ("decode", "n_timed", "steps", "step_ms"),
-    ):
-        sizes = connection.execute(
-            f"SELECT key_id, {count}, count(*) FROM {relation} JOIN {table} USING (key_id) GROUP BY ALL"
-        ).fetchall()
-        places = {
-            key_id: n_values - math.ceil(rank / n * n_values - 1e-9) + 1
-            for key_id, n, n_values in sizes
-            if (rank := upper_rank(n)) is not None
-        }
-        connection.execute(
-            "CREATE OR REPLACE TEMP TABLE upper_places AS SELECT unnest($1) AS key_id, unnest($2) AS place_from_top",
-            [list(places), list(places.values())],
-        )
-        connection.execute(
-            f"""
-            UPDATE {table} AS target
-            SET p95_upper_ms = bound.value
-            FROM (
-                WITH tail AS (
-                    SELECT
-                        key_id, {value} AS value,
-                        row_number() OVER (PARTITION BY key_id ORDER BY {value} DESC) AS from_top
-                    FROM {relation} JOIN {table} USING (key_id)
-                    WHERE {value} >= p95_ms
-                )
-                SELECT key_id, min(value) AS value
-                FROM tail JOIN upper_places USING (key_id)
-                WHERE from_top <= place_from_top
-                GROUP BY key_id
-            ) AS bound
-            WHERE bound.key_id = target.key_id
-            """
-        )
 
 
 def _write_samples(connection: duckdb.DuckDBPyConnection, key_columns: Sequence[KeyColumn]) -> None:
