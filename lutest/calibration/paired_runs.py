@@ -9,6 +9,7 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
+from lutest.reader.curves import key_pieces, sum_to
 from lutest.reader.table import LatencyTable
 
 Floats = NDArray[np.float64]
@@ -44,15 +45,17 @@ class PairedSteps:
 class PairedRuns(PairedSteps):
     """Runs of one stage, all arrays of shape (n,): prefill, or decode per step.
 
+    A mean step is taken for one of the curve of steps: the ratio of a typical total to its P50 steps is divided out.
+
     Attributes
     ----------
-    n_steps : ndarray of int
-        Decode steps of the run; 1 for prefill.
+    n_steps : ndarray
+        Decode steps of the run, times that ratio; 1 for prefill.
     weight : ndarray
         How much a run says, at most 1: the mean of few steps less than that of many.
     """
 
-    n_steps: Ints
+    n_steps: Floats
     weight: Floats
 
 
@@ -71,15 +74,29 @@ def pair_runs(connection: duckdb.DuckDBPyConnection, table: LatencyTable) -> tup
     ).df()
     place, key_id, prompt, output, prefill_ms, decode_ms = (runs[name].to_numpy() for name in runs)
     predicted = {q: table.batch.prefill_ms(key_id, prompt, q) for q in table.quantiles}
-    prefill = PairedRuns(key_id, prefill_ms, predicted, place, np.ones_like(key_id), np.ones(len(key_id)))
+    prefill = PairedRuns(key_id, prefill_ms, predicted, place, np.ones(len(key_id)), np.ones(len(key_id)))
     several = (output >= 2) & _has_decode(table)[key_id]
     place, key_id, prompt, output, decode_ms = (
         values[several] for values in (place, key_id, prompt, output, decode_ms)
     )
     n_steps = output.astype(np.int64) - 1
-    predicted = {q: table.batch.decode_ms(key_id, prompt, output, q) / n_steps for q in table.quantiles}
-    observed = np.maximum(decode_ms / n_steps, _LEAST_SHARE * predicted[0.5])
-    return prefill, PairedRuns(key_id, observed, predicted, place, n_steps, n_steps / (n_steps + 2.0))
+    typical_ms = table.batch.decode_ms(key_id, prompt, output, 0.5)
+    as_steps = n_steps * typical_ms / _step_sums(table, key_id, prompt, n_steps)
+    predicted = {q: table.batch.decode_ms(key_id, prompt, output, q) / as_steps for q in table.quantiles}
+    observed = np.maximum(decode_ms / as_steps, _LEAST_SHARE * predicted[0.5])
+    return prefill, PairedRuns(key_id, observed, predicted, place, as_steps, n_steps / (n_steps + 2.0))
+
+
+def _step_sums(table: LatencyTable, key_id: Ints, prompt_tokens: Ints, n_steps: Ints) -> Floats:
+    """Sum of the P50 steps of each run."""
+    median = table.quantiles.index(0.5)
+    curves = {number: key_pieces(table.figures.keys[number], median).step for number in np.unique(key_id).tolist()}
+    sums = []
+    for number, prompt, steps in zip(key_id.tolist(), prompt_tokens.tolist(), n_steps.tolist(), strict=True):
+        curve = curves[number]
+        assert curve is not None
+        sums.append(sum_to(curve, median, prompt + steps) - sum_to(curve, median, prompt))
+    return np.array(sums, dtype=np.float64)
 
 
 def _has_decode(table: LatencyTable) -> NDArray[np.bool_]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from lutest.builder.fit.quantiles import weighted_quantile
 from lutest.calibration.key_similarity import EACH, varying_components
 from lutest.calibration.paired_runs import PairedRuns
 
@@ -21,9 +22,7 @@ _SHIFTS = (0.0, -0.6, -0.3, -0.1, 0.1, 0.3, 1.0, 3.0)  # in units of the least P
 _FLOORS = (_NO_FLOOR, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)  # the same
 _ROUNDS = 2
 _LEAST_RUNS = 4  # below, a plain scale
-# Standard errors of the mean error by which a map must be better than a plain scale, at 10 runs: with more of them, it
-# falls with their root, for then there is less to lose.
-_LEAST_GAIN, _GAIN_RUNS = 2.0, 10
+_TEMPER = 0.5  # of the evidence for a map against one scale: all of it trusts chance, a quarter keeps to the scale
 _PRICE = 0.75  # of the error, over the number of runs: what each part of a map must earn
 _REWEIGHTINGS = 3
 _OUTLYING = 1.5  # standard deviations from which on a run counts less (Huber)
@@ -103,8 +102,9 @@ def fit_stage(runs: PairedRuns, parts: Mapping[str, Floats], unit_ms: float) -> 
     log(observed) is log(max(predicted + shift, least)) plus a scale of the configuration plus noise. The scales are a
     Gaussian process over the configurations with the components of `key_similarity`; runs far out count less (Huber
     1964). How strong the components are, shift and least are averaged over a grid, weighted by the mean absolute error
-    of each run by the fit to all others, for which there is a closed form. If that is not clearly better than one scale
-    for all configurations, it is one scale.
+    of each run by the fit to all others, for which there is a closed form. So is, in the end, the map as a whole with
+    one scale for all configurations, by half of the evidence: the best of many looks better than it is. The median of
+    the errors is taken off at last, for noise is skewed.
 
     Parameters
     ----------
@@ -121,31 +121,55 @@ def fit_stage(runs: PairedRuns, parts: Mapping[str, Floats], unit_ms: float) -> 
     P. J. Huber (1964), Robust estimation of a location parameter, Ann. Math. Stat. 35.
     """
     own = {name: part[np.ix_(runs.key_id, runs.key_id)] for name, part in parts.items()}
-    chosen = _choose(runs, own, varying_components(parts, runs.key_id), unit_ms)
-    weights, left_out, inverse = _solved(runs, own, chosen)
-    of_all = _covariance(chosen.strengths, parts)
-    to_all = of_all[:, runs.key_id]
-    explained = np.einsum("ij,jk,ik->i", to_all, inverse, to_all)
-    # the variance of a run: what is left out, standardised, has variance 1 in units of it
-    noise = _squared_scale(left_out * np.sqrt(np.diag(inverse)))
+    plain = _Candidate(0.0, _NO_FLOOR * unit_ms, dict.fromkeys(parts, 0.0))
+    chosen = _choose(runs, own, varying_components(parts, runs.key_id), unit_ms, plain)
+    errors = np.array([float(np.average(_errors(runs, own, held), weights=runs.weight)) for held in (chosen, plain)])
+    errors = np.maximum(errors, _LEAST_ERROR)
+    shares = (errors.min() / errors) ** (_TEMPER * len(runs.key_id))
+    shares = shares / shares.sum()
+    # One map for both, so that they differ in the scales alone.
+    shift_ms = float(shares[0] * chosen.shift_ms)
+    least_ms = float(np.exp(shares @ np.log([chosen.least_ms, plain.least_ms])))
+    log_scale, variance, left_out = (np.zeros(n) for n in (len(parts[EACH]), len(parts[EACH]), len(runs.key_id)))
+    fits = [_fitted(runs, parts, own, _Candidate(shift_ms, least_ms, held.strengths)) for held in (chosen, plain)]
+    for share, (log_scales, _, errors) in zip(shares, fits, strict=True):
+        log_scale += share * log_scales
+        left_out += share * errors
+    for share, (log_scales, variances, _) in zip(shares, fits, strict=True):
+        variance += share * (variances + (log_scales - log_scale) ** 2)
+    middle = weighted_quantile(left_out, runs.weight, 0.5) if len(left_out) >= _LEAST_RUNS else 0.0
+    left_out = left_out - middle
     return StageFit(
-        scale=np.exp(to_all @ weights),
-        shift_ms=chosen.shift_ms,
-        least_ms=chosen.least_ms,
-        deviation=np.sqrt(noise * np.maximum(np.diag(of_all) - explained, 0.0)),
+        scale=np.exp(log_scale + middle),
+        shift_ms=shift_ms,
+        least_ms=least_ms,
+        deviation=np.sqrt(variance),
         left_out=left_out,
-        strengths=chosen.strengths,
+        strengths={name: float(shares[0]) * strength for name, strength in chosen.strengths.items()},
         error=float(np.average(np.abs(left_out), weights=runs.weight)),
     )
 
 
-def _choose(runs: PairedRuns, parts: Mapping[str, Floats], components: tuple[str, ...], unit_ms: float) -> _Candidate:
+def _fitted(
+    runs: PairedRuns, parts: Mapping[str, Floats], own: Mapping[str, Floats], candidate: _Candidate
+) -> tuple[Floats, Floats, Floats]:
+    """Logarithms of the scales, their variances, and the residual of each run left out."""
+    weights, left_out, inverse = _solved(runs, own, candidate)
+    of_all = _covariance(candidate.strengths, parts)
+    to_all = of_all[:, runs.key_id]
+    explained = np.einsum("ij,jk,ik->i", to_all, inverse, to_all)
+    # the variance of a run: what is left out, standardised, has variance 1 in units of it
+    noise = _squared_scale(left_out * np.sqrt(np.diag(inverse)))
+    return to_all @ weights, noise * np.maximum(np.diag(of_all) - explained, 0.0), left_out
+
+
+def _choose(
+    runs: PairedRuns, parts: Mapping[str, Floats], components: tuple[str, ...], unit_ms: float, plain: _Candidate
+) -> _Candidate:
     """The parts of the map: each the mean over what it might be, weighted by cross-validation, the others held."""
-    plain = _Candidate(0.0, _NO_FLOOR * unit_ms, dict.fromkeys(parts, 0.0))
-    n = len(runs.key_id)
-    if n < _LEAST_RUNS:
-        return plain
     chosen = plain
+    if len(runs.key_id) < _LEAST_RUNS:
+        return plain
     for _ in range(_ROUNDS):
         tried = [
             _Candidate(shift * unit_ms, least * unit_ms, chosen.strengths)
@@ -161,9 +185,7 @@ def _choose(runs: PairedRuns, parts: Mapping[str, Floats], components: tuple[str
             weights = _worths(runs, parts, tried, unit_ms)
             strength = float(np.expm1(weights @ np.log1p(_STRENGTHS)))
             chosen = replace(chosen, strengths={**chosen.strengths, name: strength})
-    gain = _errors(runs, parts, plain) - _errors(runs, parts, chosen)
-    least = _LEAST_GAIN * np.sqrt(_GAIN_RUNS / n) * float(gain.std(ddof=1)) / np.sqrt(n)
-    return chosen if float(np.average(gain, weights=runs.weight)) > least else plain
+    return chosen
 
 
 def _worths(runs: PairedRuns, parts: Mapping[str, Floats], candidates: Sequence[_Candidate], unit_ms: float) -> Floats:
