@@ -14,7 +14,9 @@ from lutest.reader.table import LatencyTable
 
 _CLOSE = 0.003  # relative: how far a total that is interpolated along one of two lengths may be off
 _FIRST_OUTPUTS = (1, 2, 4, 8, 16, 32, 64, 128)
-_BEYOND = 1.25  # times the last knot: how far curves are drawn
+_MOST_BESIDE, _LEAST_FILLED = 6, 0.35  # tables beside each other; share of their places that are configurations
+_BEYOND = 1.25  # times the last knot: how far curves go
+_DRAWN = 1.15  # times the last length that runs stand at: how far they are drawn
 _MOST_SHARES, _FEWEST_BUDGETS, _MOST_BUDGETS = 2_400, 12, 28  # of P(total <= budget)
 
 Floats = NDArray[np.float64]
@@ -120,3 +122,57 @@ def shares_within(table: LatencyTable) -> list[dict[str, list[float]]] | None:
         budgets = [float(f"{budget:.3g}") for budget in np.geomspace(*ends, n_budgets)]
         held.append({"budget_ms": budgets, "share": [entry.p_within(budget) for budget in budgets]})
     return held
+
+
+def drawn_curve(entry: Entry, stage: str) -> list[dict[str, Any]]:
+    """The knots of a curve and where its drawing ends, by row.
+
+    Beside what `Entry.curve` says: ``knot``, whether it is one; ``between``, whether it lies within the lengths that
+    runs stand at, and ``beyond``, whether at their end or outside; ``part``, on which side.
+    """
+    rows = [row for row in entry.curve() if row["stage"] == stage]
+    if not rows:
+        return []
+    ask = entry.prefill_ms if stage == "prefill" else entry.decode_step_ms
+    at = [row["tokens"] for row in rows if row["n"] > 0] or [row["tokens"] for row in rows]
+    end = round(_DRAWN * at[-1]) + 1
+    held = [{**row, "knot": True} for row in rows if row["tokens"] < end]
+    held.append({"tokens": end, "n": 0, "source": "extrapolated", "p50_ms": ask(end, 0.5), "p95_ms": ask(end, 0.95)})
+    for row in held:
+        tokens = row["tokens"]
+        row.setdefault("knot", False)
+        row["between"], row["beyond"] = at[0] <= tokens <= at[-1], tokens <= at[0] or tokens >= at[-1]
+        row["part"] = "before" if tokens <= at[0] else "after"
+    return held
+
+
+def levels(table: LatencyTable, latencies: Sequence[float]) -> list[list[Any]]:
+    """Values of each key column: numbers by size, categories by how fast they are."""
+    found = []
+    for place, column in enumerate(table.figures.key_columns):
+        held: dict[Any, list[float]] = {}
+        for key, ms in zip(table.keys, latencies, strict=True):
+            held.setdefault(key[place], []).append(ms)
+        middle = {value: float(np.median(ms)) for value, ms in held.items()}
+        found.append(sorted(held, key=None if column.kind == "number" else middle.__getitem__))
+    return found
+
+
+def layout(table: LatencyTable, levels: Sequence[Sequence[object]]) -> tuple[int | None, int | None, list[int]]:
+    """Which key column runs across a grid of configurations, which is a table of its own, and which run down.
+
+    None of them across: where there is but one, or where most places would be empty.
+    """
+    columns = table.figures.key_columns
+    varying = [i for i in range(len(columns)) if len(levels[i]) > 1]
+    if len(varying) < 2:
+        return None, None, []
+    across = max(varying, key=lambda i: (columns[i].kind == "number", len(levels[i]), i))
+    rest = [i for i in varying if i != across]
+    few = [i for i in rest if len(levels[i]) <= _MOST_BESIDE] if len(rest) > 1 else []
+    beside = min(few, key=lambda i: (columns[i].kind != "category", len(levels[i])), default=None)
+    down = [i for i in rest if i != beside]
+    rows = {(None if beside is None else key[beside], *(key[i] for i in down)) for key in table.keys}
+    if len(table) < _LEAST_FILLED * len(rows) * len(levels[across]):
+        return None, None, []
+    return across, beside, down

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lutest.charts.figures import common_lengths, curve, shares_within, totals
+from lutest.charts.figures import common_lengths, curve, layout, levels, shares_within, totals
 from lutest.charts.judged import judged
 from lutest.judging.diff import Diff, diff
 from lutest.judging.finding import count
@@ -32,7 +32,6 @@ from lutest.tablefile.store import replaceable, replacing
 
 PREFILL_SHARE = 0.8  # of the budget, where the output length is not known: the default of `table.feasible`
 _DIGITS = 9  # significant, of every number in the page
-_MOST_BESIDE, _LEAST_FILLED = 6, 0.35  # tables beside each other; share of their places that are configurations
 _MOST_LISTED = 8
 _OF_CHANGE = ("stage", "q", "old_ms", "new_ms", "n_old", "n_new", "ratio", "lower", "upper", "verdict")
 
@@ -155,11 +154,11 @@ def page_content(table: LatencyTable) -> dict[str, Any]:
     for row in table.figures.qualities:
         shown = {"quality": row.accuracy, "n": row.n, "lower": row.lower, "upper": row.upper}
         quality.setdefault(row.workload, []).append({"key": places[row.key], **shown})
-    levels = [_levels(table, place, own) for place in range(len(table.key_columns))]
+    ordered = levels(table, own)
     return {
         "columns": [{"name": column.name, "kind": column.kind} for column in table.figures.key_columns],
-        "levels": levels,
-        "layout": _layout(table, levels),
+        "levels": ordered,
+        "layout": dict(zip(("across", "beside", "down"), layout(table, ordered), strict=True)),
         "keys": [list(key) for key in table.keys],
         "n": [table[key].n for key in table.keys],
         "quantiles": list(table.quantiles),
@@ -178,33 +177,6 @@ def page_content(table: LatencyTable) -> dict[str, Any]:
         "lengths": {workload: list(map(list, pairs)) for workload, pairs in table.output_lengths.items()},
         "shares": shares_within(table),
     }
-
-
-def _levels(table: LatencyTable, place: int, latencies: Sequence[float]) -> list[object]:
-    """Values of a key column: numbers by size, categories by how fast they are."""
-    held: dict[Any, list[float]] = {}
-    for key, ms in zip(table.keys, latencies, strict=True):
-        held.setdefault(key[place], []).append(ms)
-    is_number = table.figures.key_columns[place].kind == "number"
-    return sorted(held, key=None if is_number else lambda value: float(np.median(held[value])))
-
-
-def _layout(table: LatencyTable, levels: Sequence[Sequence[object]]) -> dict[str, Any]:
-    """Which key column runs across the grid of configurations, which is a table of its own, which run down."""
-    columns = table.figures.key_columns
-    varying = [i for i in range(len(columns)) if len(levels[i]) > 1]
-    none: dict[str, Any] = {"across": None, "beside": None, "down": []}
-    if len(varying) < 2:
-        return none
-    across = max(varying, key=lambda i: (columns[i].kind == "number", len(levels[i]), i))
-    rest = [i for i in varying if i != across]
-    few = [i for i in rest if len(levels[i]) <= _MOST_BESIDE] if len(rest) > 1 else []
-    beside = min(few, key=lambda i: (columns[i].kind != "category", len(levels[i])), default=None)
-    down = [i for i in rest if i != beside]
-    rows = {(key[beside] if beside is not None else None, *(key[i] for i in down)) for key in table.keys}
-    if len(table) < _LEAST_FILLED * len(rows) * len(levels[across]):
-        return none
-    return {"across": across, "beside": beside, "down": down}
 
 
 def _changes(table: LatencyTable, found: Diff) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from lutest.tablefile.sql import connect
 from lutest.tablefile.verify import content_hash, parent_schema, row_counts
 
 REPORT_MARK = '<meta name="generator" content="lutest report">'
+PICTURE_MARK = b"\n<!-- lutest plot -->\n"  # behind the end of an SVG or PNG file, where nothing reads on
 RUNS_MARK = "KV_METADATA {lutest: 'runs'}"  # option of COPY, by which a Parquet file is known as one of convert's
 _BLOCK_SIZE = 16_384  # small tables: the default of 256 KiB a block would be mostly air
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # file systems without advisory locks
@@ -63,10 +64,8 @@ def locked(output: Path, sources: Iterable[Path] = (), kind: str = "table") -> I
 
 
 def _is_table(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 256))
-        if b"\nlutest seal " in file.read():  # of any version, whole or damaged
-            return True
+    if b"\nlutest seal " in _end(path):  # of any version, whole or damaged
+        return True
     return _answers(path, "SELECT 1 FROM meta WHERE key = 'lutest_version'")
 
 
@@ -83,6 +82,10 @@ def _is_report(path: Path) -> bool:
     return REPORT_MARK.encode() in _start(path)
 
 
+def _is_picture(path: Path) -> bool:
+    return _end(path).endswith(PICTURE_MARK)
+
+
 class _Kind(NamedTuple):
     """What a verb writes."""
 
@@ -96,7 +99,14 @@ _KINDS = {
     "runs": _Kind("a file of runs that `lutest convert` wrote", "runs.parquet", _is_runs),
     "export": _Kind("an export of a lutest table", "table.json", _is_export),
     "report": _Kind("a report of lutest", "report.html", _is_report),
+    "picture": _Kind("a picture that `lutest plot` wrote", "decode.svg", _is_picture),
 }
+
+
+def _end(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 256))
+        return file.read()
 
 
 def _start(path: Path) -> bytes:
@@ -137,9 +147,9 @@ def replaceable(output: Path, sources: Iterable[Path], kind: str) -> Path:
         Where a file comes to stand.
     sources : iterable of Path
         The files that it is made from, none of which it may replace.
-    kind : {"table", "runs", "export", "report"}
-        What comes to stand there: a table, runs in Parquet written with `RUNS_MARK`, an export, or a page that has
-        `REPORT_MARK`. Only the like of it is replaced.
+    kind : {"table", "runs", "export", "report", "picture"}
+        What comes to stand there: a table, runs in Parquet written with `RUNS_MARK`, an export, a page that has
+        `REPORT_MARK`, or a picture that ends in `PICTURE_MARK`. Only the like of it is replaced.
 
     Raises
     ------

@@ -11,7 +11,7 @@ import pytest
 
 import lutest
 from tests.charts.browser import Browser, browsing, find_chromium
-from tests.charts.strange import STRANGE, build_strange_table
+from tests.charts.strange import STRANGE
 from tests.conftest import RUNS
 
 TABLES = Path(__file__).parents[2] / "tables"
@@ -141,9 +141,8 @@ def test_every_picture_has_a_name_and_a_table_behind_it(cpu_page: Path, browser:
     assert browser.run("[...document.querySelectorAll('input, select')].every((e) => e.labels.length || e.ariaLabel)")
 
 
-def test_names_stay_text(tmp_path: Path, browser: Browser) -> None:
-    table = build_strange_table(tmp_path)
-    page = lutest.report(table, tmp_path / "page.html", against=table).output
+def test_names_stay_text(strange_table: Path, tmp_path: Path, browser: Browser) -> None:
+    page = lutest.report(strange_table, tmp_path / "page.html", against=strange_table).output
     browser.open(page, WIDTHS[0])
     assert browser.run("document.querySelectorAll('main i, main img, main b > i').length") == 0
     text = browser.run("document.body.textContent")

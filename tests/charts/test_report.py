@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 import lutest
 from lutest.cli.main import main
 from lutest.tablefile.description import describe
-from tests.charts.strange import STRANGE, build_strange_table
+from tests.charts.strange import STRANGE
 
 EXACT = 1e-8  # the page has nine digits
 
@@ -61,11 +61,6 @@ def page_of(table: Path | lutest.LatencyTable, folder: Path) -> Page:
 
 
 @pytest.fixture(scope="module")
-def strange_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_strange_table(tmp_path_factory.mktemp("strange <b>"))
-
-
-@pytest.fixture(scope="module")
 def direct_page(direct_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
     return page_of(direct_table, tmp_path_factory.mktemp("report"))
 
@@ -92,6 +87,7 @@ def test_totals_are_exact_at_the_common_lengths_and_close_between_them(direct_ta
     assert 0.0 < data["error"] <= 0.01
 
 
+@pytest.mark.filterwarnings("ignore::lutest.LutestWarning")
 def test_what_fits_is_what_the_table_finds(direct_table: Path, direct_page: Page) -> None:
     table, tail = lutest.load(direct_table), direct_page.data["quantiles"].index(0.95)
     low, high = direct_page.data["start"]["budgets"]
