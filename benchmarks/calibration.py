@@ -14,12 +14,13 @@ import argparse
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pandas as pd
-from calibration_drift import drift_verdicts
+from calibration_drift import drift_verdicts, pair_verdicts
 from calibration_online import online_verdicts
 from calibration_rivals import FULL, METHODS, OURS, Prediction, Setting, by_table, plain, rebuilt
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ import lutest
 
 RUNS = Path(__file__).parent.parent / "tables" / "runs"
 SIZES = (10, 25, 50, 100)
-PARTS = ("devices", "plan", "online", "drift")
+PARTS = ("devices", "plan", "online", "drift", "pairs")
 
 
 def shipped(name: str, columns: str = "tier, top_k, num_blocks, decode_ms", where: str = "true") -> pd.DataFrame:
@@ -82,20 +83,23 @@ def settings(arguments: argparse.Namespace, folder: Path) -> dict[str, Setting]:
     """Title → from one device to another."""
     old = shipped("cpu-preset.parquet")
     found = {
-        "another model width": setting_of("width", old, shipped("cpu-wide-preset.parquet"), folder),
-        "two threads": setting_of("threads", old, shipped("cpu-preset-2-threads.parquet"), folder),
-        "served, A100 to H100": setting_of("served", served("A100"), served("H100"), folder, ("n_gpus", "users")),
+        "another model width": partial(setting_of, "width", old, shipped("cpu-wide-preset.parquet"), folder),
+        "two threads": partial(setting_of, "threads", old, shipped("cpu-preset-2-threads.parquet"), folder),
+        "served": partial(setting_of, "served", served("A100"), served("H100"), folder, ("n_gpus", "users")),
     }
     if arguments.public:
         a100, h100 = (public(arguments.public, f"{name}-80gb") for name in ("a100", "h100"))
         key = ("llm", "tp", "batch_size")
-        found["A100 to H100"] = setting_of("a100-h100", a100, h100, folder, key)
-        found["H100 to A100"] = setting_of("h100-a100", h100, a100, folder, key)
-    return found
+        found["A100 to H100"] = partial(setting_of, "a100-h100", a100, h100, folder, key)
+        found["H100 to A100"] = partial(setting_of, "h100-a100", h100, a100, folder, key)
+    return {title: made() for title, made in found.items() if arguments.setting in (None, title)}
 
 
 class Errors:
-    """Figures of one method at one N, over the draws."""
+    """Figures of one method at one N, over the draws.
+
+    Errors are medians: the mean of relative errors is least where predictions are too low.
+    """
 
     def __init__(self) -> None:
         self.figures: dict[str, list[float]] = defaultdict(list)
@@ -104,7 +108,7 @@ class Errors:
         for stage in ("prefill", "total"):
             observed = runs[f"{stage}_ms"].to_numpy()[judged]
             p50_ms = getattr(predicted, f"{stage}_ms")[judged]
-            self.figures[stage].append(float(np.mean(np.abs(p50_ms - observed) / observed)))
+            self.figures[stage].append(float(np.median(np.abs(p50_ms - observed) / observed)))
             p95_ms = getattr(predicted, f"{stage}_p95_ms")
             if p95_ms is not None:
                 self.figures[f"{stage} within P95"].append(float(np.mean(observed <= p95_ms[judged])))
@@ -131,7 +135,7 @@ def compare(title: str, setting: Setting, draws: int, folder: Path) -> list[Verd
             found[FULL][n].add(setting.runs, judged, whole)
     verdicts: list[Verdict] = []
     for stage in ("prefill", "total"):
-        print(f"\n{title}: mean absolute percentage error of P50 {stage}, {draws} draws, by number of new runs")
+        print(f"\n{title}: median absolute percentage error of P50 {stage}, {draws} draws, by number of new runs")
         print_aligned(
             [
                 ["", *(f"{n:,}" for n in SIZES)],
@@ -145,7 +149,7 @@ def compare(title: str, setting: Setting, draws: int, folder: Path) -> list[Verd
         text = f"{title}, {stage}: {ratio:.2f} x the best of the others at the worst N, {worst}"
         verdicts.append(verdict("1", ratio <= 1.03, text))
         ratio = ours[50].mean(stage) / found[FULL][50].mean(stage)
-        verdicts.append(verdict("1", ratio <= 1.5, f"{title}, {stage}: {ratio:.2f} x a full rebuild's error at N = 50"))
+        verdicts.append(verdict("1", ratio <= 1.4, f"{title}, {stage}: {ratio:.2f} x a full rebuild's error at N = 50"))
     print(f"\n{title}: runs within P95")
     coverage = {
         f"{name}, {stage}": [found[name][n].mean(f"{stage} within P95") for n in SIZES]
@@ -154,8 +158,10 @@ def compare(title: str, setting: Setting, draws: int, folder: Path) -> list[Verd
     }
     print_aligned([["", *(f"{n:,}" for n in SIZES)], *([name, *map(percent, row)] for name, row in coverage.items())])
     for stage in ("prefill", "total"):
-        share = found[OURS][50].mean(f"{stage} within P95")
-        verdicts.append(verdict("2", 0.92 <= share <= 0.98, f"{title}, {stage}: {percent(share)} within P95 at N = 50"))
+        for n in SIZES:
+            share = found[OURS][n].mean(f"{stage} within P95")
+            text = f"{title}, {stage}: {percent(share)} within P95 at N = {n}"
+            verdicts.append(verdict("2", 0.92 <= share <= 0.98, text))
     return verdicts
 
 
@@ -196,6 +202,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--public", metavar="CSV", help="Splitwise's perf_model.csv: A100 and H100")
     parser.add_argument("--draws", type=int, default=10, metavar="N", help="draws of the new runs (default: 10)")
+    parser.add_argument("--pairs", type=int, default=200, metavar="N", help="pairs of one log's parts (default: 200)")
+    parser.add_argument("--setting", metavar="TITLE", help="one alone of the devices, such as `served`")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     arguments = parser.parse_args()
     verdicts: list[Verdict] = []
@@ -213,6 +221,9 @@ def main() -> None:
             verdicts += drift_verdicts(
                 folder, {"cpu": shipped("cpu-preset.parquet"), "direct": shipped("direct.parquet")}
             )
+        if "pairs" in arguments.only:
+            columns = "gpu, n_gpus, users, started_ms, coalesce(list_sum(decode_steps_ms), 0)::DOUBLE AS decode_ms"
+            verdicts += pair_verdicts(folder, shipped("llama-13b-serving.parquet", columns), arguments.pairs)
     print_verdicts(verdicts)
 
 
