@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import pandas as pd
 import pytest
 
 import lutest
@@ -118,6 +119,81 @@ def test_a_wrong_tier_in_sql_can_be_made_to_fail(direct_table: Path, capsys: pyt
     status, _, err = run(capsys, "sql", direct_table, f"SELECT known({asked})")
     assert status == 2
     assert "tier high, low, medium" in err
+
+
+@pytest.fixture(scope="module")
+def logs(direct_frame: pd.DataFrame) -> pd.DataFrame:
+    """Runs as a server's log has them: a time to the first token and one of all, under names of its own."""
+    named = {"prompt_tokens": "n_in", "output_tokens": "n_out", "prefill_ms": "ttft_ms"}
+    kept = direct_frame[["tier", "top_k", "num_blocks", *named]].rename(columns=named)
+    return kept.assign(e2e_ms=direct_frame["prefill_ms"] + direct_frame["decode_ms"])
+
+
+LOGS = {"prompt_tokens": "n_in", "output_tokens": "n_out", "prefill_ms": "ttft_ms", "total_ms": "e2e_ms"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"decode_ms": "e2e_ms"}, "decode_ms is total_ms in .*`--set columns.total_ms=e2e_ms`"),
+        ({"decode_ms": "e2e_ms", "total_ms": "none"}, "does not begin near 0 .*`--set columns.total_ms=e2e_ms`"),
+        ({"prefill_ms": "e2e_ms"}, "prefill_ms .* is total_ms"),
+        ({"prefill_ms": "e2e_ms", "decode_ms": "ttft_ms", "total_ms": "none"}, "prefill_ms .* rises with"),
+        ({"output_tokens": "n_in", "prompt_tokens": "n_out"}, "no output tokens|does not rise"),
+    ],
+)
+def test_a_time_taken_for_another_is_refused_with_the_mapping_that_is_meant(
+    columns: dict[str, str], said: str, logs: pd.DataFrame, tmp_path: Path
+) -> None:
+    output = tmp_path / "t.duckdb"
+    with pytest.raises(lutest.BuildError, match=f"{said}.*insist with `--implausible`"):
+        lutest.build({"columns": LOGS | columns}, runs=logs, output=output)
+    assert not output.exists()
+
+
+def test_who_insists_gets_the_table(logs: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = logs[(logs["tier"] == "low") & (logs["num_blocks"] == 16)]
+    few.to_csv(tmp_path / "logs.csv", index=False)
+    columns = ", ".join(f"{name}: {field}" for name, field in (LOGS | {"decode_ms": "e2e_ms"}).items())
+    asked = ("build", tmp_path / "logs.csv", "-o", tmp_path / "t.duckdb", "--set", f"columns={{{columns}}}")
+    assert run(capsys, *asked)[0] == 2
+    assert run(capsys, *asked, "--implausible")[0] == 0
+
+
+def test_seconds_taken_for_milliseconds_are_refused_with_the_unit(logs: pd.DataFrame, tmp_path: Path) -> None:
+    seconds = logs.assign(ttft_ms=logs["ttft_ms"] / 1e3, e2e_ms=logs["e2e_ms"] / 1e3)
+    with pytest.raises(lutest.BuildError, match=r"a decode step takes 0\.03\d* ms .*`--set time_unit=s`"):
+        lutest.build({"columns": LOGS}, runs=seconds, output=tmp_path / "t.duckdb")
+    mixed = logs.assign(ttft_ms=logs["ttft_ms"] / 1e3)
+    with pytest.raises(lutest.BuildError, match="two units"):
+        lutest.build({"columns": LOGS}, runs=mixed, output=tmp_path / "t.duckdb")
+    slow = seconds.assign(ttft_ms=seconds["ttft_ms"] * 10, e2e_ms=seconds["e2e_ms"] * 10)  # 0.3 ms: it may be
+    few = slow[(slow["tier"] == "low") & (slow["num_blocks"] == 16)]
+    with pytest.warns(lutest.LutestWarning, match=r"`--set time_unit=s`"):
+        lutest.build({"columns": LOGS}, runs=few, output=tmp_path / "t.duckdb")
+
+
+def test_missing_columns_are_all_named_with_the_line_that_maps_them(
+    logs: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.drop(columns="tier").to_csv(tmp_path / "logs.csv", index=False)
+    status, _, err = run(capsys, "build", tmp_path / "logs.csv", "-o", tmp_path / "t.duckdb")
+    assert status == 2
+    for name in ("tier", *LOGS, *logs.columns[1:]):
+        assert name in err
+    mapped = ", ".join(f"{name}: {field}" for name, field in LOGS.items())
+    assert f"columns={{tier: FIELD, {mapped}}}" in err
+
+
+def test_runs_stand_first(logs: pd.DataFrame, tmp_path: Path) -> None:
+    named = logs.rename(columns={field: name for name, field in LOGS.items()})
+    few = named[(named["tier"] == "low") & (named["num_blocks"] == 16)]
+    few.to_csv(tmp_path / "runs.csv", index=False)
+    first = lutest.build(few, output=tmp_path / "a.duckdb")
+    assert lutest.load(first.output).keys == (("low", 4, 16), ("low", 6, 16), ("low", 8, 16))
+    assert lutest.build(str(tmp_path / "runs.csv"), output=tmp_path / "b.duckdb").sources[0].rows_used > 100
+    with pytest.raises(lutest.ConfigError, match="runs are given twice"):
+        lutest.build(few, runs=few, output=tmp_path / "c.duckdb")
 
 
 BATCH: dict[str, Any] = {"prompts": ["p"] * 3, "completions": ["c"] * 3, "completion_ids": [[1] * 8] * 3}

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard, cast
 
 import duckdb
 import pandas as pd
@@ -23,6 +24,7 @@ from lutest.reader.figures import KeyColumn
 from lutest.reader.file import read_figures
 from lutest.reader.names import SCHEMA_VERSION, quote
 from lutest.runs.configuration import DEFAULT_CONFIG, BuildConfig, Config, resolve_config
+from lutest.runs.plausible import refuse_implausible
 from lutest.runs.sources import Source, listed
 from lutest.runs.sources.discovery import list_sources, printable
 from lutest.runs.work import read_runs, work_database
@@ -77,27 +79,38 @@ class BuildSummary:
 
 
 def build(
-    config: Config | None = None,
+    config: Config | Source | Sequence[Source] | None = None,
     *,
     runs: Source | Sequence[Source] | None = None,
     output: str | os.PathLike[str] | None = None,
     mixed: bool = False,
+    implausible: bool = False,
     progress: Progress | None = None,
 ) -> BuildSummary:
     """Build a latency table from profiled runs.
 
+    A run needs the values of the key columns (``tier``, ``top_k``, ``num_blocks`` unless `config` has another ``key``),
+    ``prompt_tokens`` (vision and text), ``output_tokens`` (end of sequence included), ``prefill_ms`` (all up to the
+    first token) and one of ``decode_ms`` (all after it), ``decode_steps_ms`` and ``total_ms``. Other names are mapped
+    by ``columns``, other units by ``time_unit``, of the configuration.
+
     Parameters
     ----------
-    config : path, mapping or BuildConfig, optional
-        A ``build.yaml``, or its content. Paths in it are relative to its folder. Without it, and without `runs`, it
-        is ``tables/build.yaml``.
+    config : path, mapping or BuildConfig, or runs
+        A ``build.yaml``, or its content: ``key``, ``columns``, ``time_unit`` (s, ms, us, ns), ``quantiles``,
+        ``cleaning``, ``sources``, ``output``. Paths in it are relative to its folder. Without it, and without `runs`,
+        it is ``tables/build.yaml``. Runs may stand here as well.
     runs : path, DataFrame, or sequence of them, optional
-        Sources instead of those of the configuration; paths are relative to the current folder.
+        Files, folders, globs and frames instead of the sources of the configuration; paths are relative to the current
+        folder.
     output : path, optional
         Where to write instead of the configuration's ``output``; relative to the current folder.
     mixed : bool
         Whether runs of several models or devices that no key column tells apart may share their figures; the table
         then says so.
+    implausible : bool
+        Whether to build on times that cannot be what they are called: a decode time that is the total, or seconds for
+        milliseconds. Without it, they are refused with the mapping or unit that may be meant.
     progress : callable, optional
         Called with (what, done, total) now and then.
 
@@ -111,9 +124,21 @@ def build(
     LutestError
         A source cannot be read, an option is not valid, no run is left, or the table cannot be written. A table
         that stood at the output is then unchanged.
+
+    Examples
+    --------
+    >>> lutest.build("results/", output="tables/mine.duckdb")  # doctest: +SKIP
+    >>> config = {"columns": {"prefill_ms": "ttft", "total_ms": "e2e"}, "time_unit": "s"}  # doctest: +SKIP
+    >>> lutest.build(config, runs=frame, output="tables/mine.duckdb")  # doctest: +SKIP
     """
     started = time.perf_counter()
-    settings = _settings(config, runs is not None)
+    if _are_runs(config):
+        if runs is not None:
+            raise ConfigError(
+                f"runs are given twice: {_shown(config)} and runs={_shown(runs)}; name a configuration first"
+            )
+        runs, config = config, None
+    settings = _settings(cast("Config | None", config), runs is not None)
     given, base = (settings.sources, settings.base) if runs is None else (listed(runs), Path())
     target = _target(settings, output)
     files = list_sources([source for source in given if not isinstance(source, pd.DataFrame)], base)
@@ -123,6 +148,8 @@ def build(
             machines = find_mixed(connection)
             if machines and not mixed:
                 refuse_mixed(connection, machines, key_columns)
+            if not implausible:
+                refuse_implausible(connection, settings)
             n_kept = write_accepted_runs(connection, settings.cleaning.outliers, settings.cleaning.k)
             _require_runs(connection)
             write_aggregates(connection, settings.quantiles, key_columns, upper_rank)
@@ -139,6 +166,17 @@ def build(
             )
         digest = write_table(connection, replaced, relations, settings.quantiles, key_columns, meta, read_figures)
         return _summary(connection, target, digest, n_kept, fit_seconds, time.perf_counter() - started)
+
+
+def _are_runs(given: object) -> TypeGuard[Source | Sequence[Source]]:
+    """Whether runs stand where a configuration may: a path that does not end as one does, a frame, a list."""
+    if isinstance(given, (str, os.PathLike)):
+        return not os.fspath(given).lower().endswith((".yaml", ".yml"))
+    return isinstance(given, (pd.DataFrame, list, tuple))
+
+
+def _shown(runs: object) -> str:
+    return f"<DataFrame of {len(runs)} rows>" if isinstance(runs, pd.DataFrame) else f"{runs!r:.80}"
 
 
 def _settings(config: Config | None, has_runs: bool) -> BuildConfig:

@@ -20,13 +20,21 @@ _MOST_SOURCES_SHOWN = 20
     add_runs,
     argument("-o", "--output", metavar="TABLE", help="table file to write"),
     argument("--mixed", action="store_true", help="mix runs of several models or devices on purpose"),
+    argument("--implausible", action="store_true", help="build though times look wrongly mapped, or in another unit"),
     JSON,
 )
 def build(arguments: argparse.Namespace) -> Answer:
     """Build a table from runs."""
     runs, config = given_runs(arguments)
     with working() as progress:
-        summary = lutest.build(config, runs=runs, output=arguments.output, mixed=arguments.mixed, progress=progress)
+        summary = lutest.build(
+            config,
+            runs=runs,
+            output=arguments.output,
+            mixed=arguments.mixed,
+            implausible=arguments.implausible,
+            progress=progress,
+        )
     table = lutest.load(summary.output)
     keys = describe(table)["keys"]
     content = {**asdict(summary), "keys": keys}

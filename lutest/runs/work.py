@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import re
 import shutil
 import tempfile
@@ -21,7 +22,16 @@ from lutest.runs.sources.served import MEASURED
 
 Progress = Callable[[str, int, int], None]
 
+_DECODE = "total_ms"  # or decode_ms, or decode_steps_ms: any of the three will do
 _REQUIRED = {"prompt_tokens": "", "output_tokens": "", "prefill_ms": ", the time to the first token"}
+_TOLD = {**_REQUIRED, _DECODE: " (or decode_ms, or decode_steps_ms)"}
+# parts of the names that others give these columns
+_WORDS = {
+    "prompt_tokens": ("n_in", "isl", "input_len", "input_tok", "prompt"),
+    "output_tokens": ("n_out", "osl", "output_len", "output_tok", "generated", "new_tok", "completion_tok"),
+    "prefill_ms": ("ttft", "prefill", "first_token", "prompt_time"),
+    _DECODE: ("decode", "e2e", "total_ms", "total_time", "latency"),
+}
 _ELAPSED = re.compile(r"elapsed|latency|duration|total", re.IGNORECASE)
 _MOST_FIELDS_SHOWN = 30
 
@@ -65,6 +75,9 @@ def read_runs(
     _check_tools(connection, settings)
     missing = _missing(connection, settings, (*dict(settings.key), *_REQUIRED))
     if missing:
+        ((n_timed,),) = connection.execute("SELECT count(steps) FROM raw_runs").fetchall()
+        if not n_timed and len(_missing(connection, settings, ("decode_ms", "total_ms"))) == 2:
+            missing.append(_DECODE)
         paths = [path for (path,) in connection.execute("SELECT path FROM source_files ORDER BY path").fetchall()]
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         raise ConfigError(_without(connection, f"{printable(paths[0])}{more}: no run", missing))
@@ -125,13 +138,22 @@ def _without(
             "not tell prefill from decode: record both, or name the field, `--set columns.prefill_ms=FIELD`"
         )
     shown = ", ".join(fields[:_MOST_FIELDS_SHOWN]) + (", …" if len(fields) > _MOST_FIELDS_SHOWN else "")
-    told = ", ".join(f"{name}{_REQUIRED.get(name, '')}" for name in missing)
+    told = ", ".join(f"{name}{_TOLD.get(name, '')}" for name in missing)
+    mapped = ", ".join(f"{name}: {_likely(name, fields)}" for name in missing)
     name = missing[0]
-    other = "" if name in _REQUIRED else ", or make the key of other fields, `--set 'key=[FIELD, …]'`"
+    other = "" if set(missing) <= set(_TOLD) else ", or make the key of other fields, `--set 'key=[FIELD, …]'`"
     return (
-        f"{who} has {told}: the fields are {shown}; name the one that it is, `--set columns.{name}=FIELD`, "
-        f"or say what it is for all runs, `--set columns.{name}.constant=VALUE`{other}"
+        f"{who} has {told}: the fields are {shown}; say which they are, `--set 'columns={{{mapped}}}'` or the same "
+        f"in `columns:` of a configuration, or what one is for all runs, `--set columns.{name}.constant=VALUE`{other}"
     )
+
+
+def _likely(name: str, fields: Sequence[str]) -> str:
+    """The field that a column may be, by its words or its spelling."""
+    words = _WORDS.get(name, ())
+    found = [field for field in fields if any(word in field.lower() for word in words)]
+    found = found or difflib.get_close_matches(name, fields, n=1, cutoff=0.7)
+    return found[0] if found else "FIELD"
 
 
 @contextlib.contextmanager
