@@ -127,6 +127,7 @@ def ratio_at(ratios: TotalRatios, i: int, m: int) -> float:
 def write_file(figures: Figures, path: Path) -> Path:
     """Write figures as a table file, as the builder would."""
     rows: dict[str, list[tuple[object, ...]]] = {name: [] for name in TABLES}
+    unknown = (None,) * (len(figures.quantiles) + 1)  # standard errors, and the size of the sample behind them
     for held in figures.keys:
         key = tuple(held.key)
         s = held.prefill
@@ -134,7 +135,9 @@ def write_file(figures: Figures, path: Path) -> Path:
         rows["prefill"].append((*key, s.n, *s.quantiles_ms, s.p95_upper_ms, s.mean_ms, 1.0, 0.1, 99.0, *extent))
         for j, x in enumerate(held.prefill_curve.at):
             curve = held.prefill_curve
-            rows["prefill_curve"].append((*key, x, curve.n[j], *(v[j] for v in curve.values_ms), curve.source[j]))
+            rows["prefill_curve"].append(
+                (*key, x, curve.n[j], *(v[j] for v in curve.values_ms), *unknown, curve.source[j])
+            )
         if held.decode is None or held.decode_curve is None or held.decode_total is None:
             continue
         s, curve, ratios = held.decode, held.decode_curve, held.decode_total
@@ -142,9 +145,9 @@ def write_file(figures: Figures, path: Path) -> Path:
         rows["decode"].append((*key, s.n, held.n_decode_steps, 0, *s.quantiles_ms, *spread))
         for j, (x, total) in enumerate(zip(curve.at, step_sums(curve, figures.quantiles.index(0.5)), strict=True)):
             values = (v[j] for v in curve.values_ms)
-            rows["decode_curve"].append((*key, x, curve.n[j], *values, total, curve.source[j]))
+            rows["decode_curve"].append((*key, x, curve.n[j], *values, *unknown, total, curve.source[j]))
         for j, m in enumerate(ratios.decode_steps):
-            rows["decode_total"].append((*key, m, ratios.n[j], *(v[j] for v in ratios.ratios), "measured"))
+            rows["decode_total"].append((*key, m, ratios.n[j], *(v[j] for v in ratios.ratios), *unknown, "measured"))
         rows["total"].append((*key, s.n, *held.correlations))
     for workload, lengths in figures.output_lengths.items():
         rows["output_length"] += [(workload, tokens, n) for tokens, n in lengths]

@@ -23,7 +23,7 @@ def write_calibrated_rows(
     """Create a relation with the new rows of every table of the file but ``meta``.
 
     Sample sizes, output lengths, sources and rejected runs stay those of the profile that the shapes rest on. Minima,
-    maxima and means are mapped as P50s are, standard deviations scaled; bounds of P95 are NULL.
+    maxima and means are mapped as P50s are, standard deviations scaled; bounds of P95 and standard errors are NULL.
 
     Parameters
     ----------
@@ -63,6 +63,7 @@ def write_calibrated_rows(
         at, changed = changes[name]
         places = list(frame[keys + at].itertuples(index=False, name=None))
         frame[changed] = np.array([values[name][place] for place in places]).reshape(len(frame), len(changed))
+        frame[[column for column in frame if "_se_" in column and column not in keys]] = np.nan
         if "source" in frame:
             frame["source"] = frame["source"].where(frame["source"] == "extrapolated", CALIBRATED)
         if name in _STAGES:  # figures that are no quantiles: means and extremes are mapped as a P50 is

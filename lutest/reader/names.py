@@ -23,6 +23,11 @@ def quantile_column(q: float) -> str:
     return f"{quantile_suffix(q)}_ms"
 
 
+def error_column(q: float) -> str:
+    """Column that holds the standard error of the quantile `q` of a latency, in milliseconds."""
+    return f"{quantile_suffix(q)}_se_ms"
+
+
 def quote(identifier: str) -> str:
     """Quote an SQL identifier."""
     return '"' + identifier.replace('"', '""') + '"'

@@ -40,6 +40,8 @@ prefill_curve ({key}, prompt_tokens): Prefill latency over prompt length: knots 
     prompt_tokens BIGINT: Vision + text tokens in the KV cache after prefill
     n BIGINT: Runs whose nearest knot this is
     {q}_ms DOUBLE: {q} of prefill_ms at this prompt length
+    {q}_se_ms DOUBLE: Standard error of {q}_ms; NULL where runs are too few to tell, or carried over from another device
+    n_eff DOUBLE: Effective number of independent runs of the configuration behind its curve
     source VARCHAR: measured: runs stand at this place; interpolated: between such places; extrapolated: beyond them;
         calibrated: carried over from another device or state of the machine
 decode ({key}): Latency of one decode step per configuration, all KV lengths together
@@ -58,6 +60,9 @@ decode_curve ({key}, kv_len): Latency of a decode step over KV length: knots of 
     kv_len BIGINT: KV length that the step attends over: prompt_tokens + i for step i
     n BIGINT: Decode steps whose nearest knot this is
     {q}_ms DOUBLE: {q} of the step at this KV length
+    {q}_se_ms DOUBLE: Standard error of {q}_ms; NULL where runs are too few to tell, or carried over from another device
+    n_eff DOUBLE: Effective number of independent steps of the configuration behind its curve: those of a run resemble
+        each other; without timed steps, runs that tell something of them
     p50_sum_ms DOUBLE: Sum of the P50 curve over KV lengths 1 to this one
     source VARCHAR: measured: runs stand at this place; interpolated: between such places; extrapolated: beyond them;
         calibrated: carried over from another device or state of the machine
@@ -67,6 +72,9 @@ decode_total ({key}, decode_steps): Quantiles of decode_ms as ratios to the sum 
     decode_steps BIGINT: Number of decode steps, output_tokens - 1
     n BIGINT: Runs whose nearest knot this is
     {q}_ratio DOUBLE: {q} of decode_ms divided by the sum of the P50 curve over its steps
+    {q}_se_ratio DOUBLE: Standard error of {q}_ratio; NULL where runs are too few to tell, or carried over from another
+        device
+    n_eff DOUBLE: Effective number of the configuration's runs near this number of steps
     source VARCHAR: measured: runs stand at this place; interpolated: between such places; extrapolated: beyond them;
         calibrated: carried over from another device or state of the machine
 total ({key}): How the deviations of prefill and decode from their P50 combine in a total
@@ -167,7 +175,7 @@ _TAKEN = (
     "accuracy", "budget_ms", "by", "latency_ms", "margin", "missing", "n_decode_runs", "n_decode_steps",
     "output_tokens", "p_at_least", "prefill_share", "prompt_tokens_by", "q", "quality", "self", "text_tokens",
 )  # fmt: skip
-_OF_A_QUANTILE = re.compile(r"(prefill_|decode_step_)?p\d+(_\d+)?_(upper_ms|ms|ratio|correlation)")
+_OF_A_QUANTILE = re.compile(r"(prefill_|decode_step_)?p\d+(_\d+)?_((upper|se)_ms|ms|(se_)?ratio|correlation)")
 
 
 def refuse_key_names(names: Sequence[str]) -> None:

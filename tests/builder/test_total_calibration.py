@@ -341,15 +341,14 @@ def test_levels_asked_for() -> None:
     assert "p5_ratio" not in decode_total
 
 
-def test_shipped_runs_are_covered_in_every_band() -> None:
+def test_halves_of_shipped_runs_cover_and_differ_as_they_say() -> None:
     with duckdb.connect() as connection:
         runs = connection.sql(f"SELECT * FROM '{SHIPPED_RUNS}'").df()
     runs["run_hash"] = [f"{row:08d}" for row in range(len(runs))]
     runs = runs.assign(total_given=True, timed=True, clamped=False)
-    kept = []
-    for seed in range(2):
-        rng = np.random.default_rng(seed)
-        seen = pd.Series(rng.permutation(len(runs)) % 2 == 0, index=runs.index)
+    kept, halves = [], []
+    for half in range(2):
+        seen = pd.Series(np.random.default_rng(0).permutation(len(runs)) % 2 == half, index=runs.index)
         part = runs[seen]
         steps = part[[*KEYS, "run_hash", "prompt_tokens", "decode_steps_ms"]].explode("decode_steps_ms").dropna()
         steps["position"] = steps.groupby("run_hash").cumcount() + 1
@@ -360,9 +359,22 @@ def test_shipped_runs_are_covered_in_every_band() -> None:
         curves = (fit_prefill_curve(run_sample, LEVELS), fit_step_curve(step_sample, run_sample, LEVELS))
         tables = calibrate_totals(run_sample, *curves, LEVELS)
         kept.append(predict(runs[~seen & (runs["output_tokens"] >= 2)], *curves, *tables, 0.95))
+        halves.append(curves)
     predicted = pd.concat(kept)
     for what in ("decode", "total"):
         assert (predicted[f"{what}_ms"] <= predicted[f"{what}_q"]).mean() == pytest.approx(0.95, abs=0.015)
         for band, share in coverage(predicted, what).items():
             # Chance alone: 40 runs stand in the last band, a share of 40 has an error of 3 %.
             assert share == pytest.approx(0.95, abs=0.06), (what, band)
+
+    for one, other, place in zip(*halves, ("prompt_tokens", "kv_len"), strict=True):
+        for q in ("p50", "p95"):
+            # They differ by what the standard errors say: at each key's middle knot, over all keys.
+            scores = []
+            for key, knots in one.groupby(KEYS):
+                middle = knots.iloc[len(knots) // 2]
+                same = other[(other[KEYS] == pd.Series(key, KEYS)).all(axis=1)]
+                at, error = (np.interp(middle[place], same[place], same[f"{q}_{what}"]) for what in ("ms", "se_ms"))
+                scores.append((middle[f"{q}_ms"] - at) / np.hypot(middle[f"{q}_se_ms"], error))
+            assert 0.4 < np.sqrt(np.mean(np.square(scores))) < 2.5, (place, q)
+            assert (one["n_eff"] > 1).all()

@@ -114,7 +114,7 @@ from lutest.builder.fit.observations import KeyAxes, read_key_axes
 from lutest.builder.fit.step_recovery import recover_step_curve
 from lutest.builder.fit.totals import calibrate_totals
 from lutest.reader.figures import KeyColumn
-from lutest.reader.names import quantile_column, quantile_suffix
+from lutest.reader.names import error_column, quantile_column, quantile_suffix
 
 _LEAST_STEP = 1e-9  # of the median prefill: steps are fitted on the log scale, and a coarse clock reads 0
 
@@ -197,7 +197,7 @@ def fit(data: FitInput) -> Fitted:
     runs = _divided(data.run_sample, ["prefill_ms", "decode_ms", "total_ms"], unit_ms)
     steps = _divided(data.step_sample, ["step_ms"], unit_ms)
     steps["step_ms"] = steps["step_ms"].clip(lower=_LEAST_STEP)
-    columns = [quantile_column(q) for q in data.quantiles]
+    columns = [column(q) for column in (quantile_column, error_column) for q in data.quantiles]
     axes = read_key_axes(data.keys, data.key_columns)
     # Slow outliers were left out, and there will be more: level q of all runs is q / (1 - share) of those left.
     share = data.outlier_share
@@ -207,7 +207,7 @@ def fit(data: FitInput) -> Fitted:
     names = {
         f"{quantile_suffix(level)}_{what}": f"{quantile_suffix(q)}_{what}"
         for level, q in zip(levels, data.quantiles, strict=True)
-        for what in ("ms", "ratio", "correlation")
+        for what in ("ms", "se_ms", "ratio", "se_ratio", "correlation")
     }
     prefill_curve, decode_curve, decode_total, total = (frame.rename(columns=names) for frame in found)
     prefill_curve = _divided(prefill_curve, columns, 1 / unit_ms)
@@ -228,8 +228,8 @@ def _decode_curve(runs: pd.DataFrame, steps: pd.DataFrame, axes: KeyAxes, quanti
     if (totals["output_tokens"] >= 2).any():
         curves.append(recover_step_curve(totals, axes, quantiles))
     if not curves:
-        names = ["key_id", "kv_len", "n", *map(quantile_column, quantiles), "source"]
-        return pd.DataFrame({name: pd.Series(dtype="float64") for name in names})
+        figures = (column(q) for column in (quantile_column, error_column) for q in quantiles)
+        return pd.DataFrame(dtype="float64", columns=["key_id", "kv_len", "n", *figures, "n_eff", "source"])
     return pd.concat(curves, ignore_index=True).sort_values(["key_id", "kv_len"], ignore_index=True)
 
 

@@ -12,7 +12,7 @@ from scipy import optimize
 
 from lutest.builder.fit.observations import Floats, Integers, KeyAxes, Observations, read_observations
 from lutest.builder.fit.surface import Surface, fit_location_alone, fit_surface
-from lutest.reader.names import quantile_column
+from lutest.reader.names import error_column, quantile_column
 
 _FIT_RUNS_PER_KEY = 400
 _FIT_STEPS_PER_KEY = 500
@@ -39,11 +39,11 @@ def fit_prefill_curve(run_sample: pd.DataFrame, axes: KeyAxes, quantiles: Sequen
     Returns
     -------
     DataFrame
-        Knots per key: key_id, prompt_tokens, n (runs nearest to the knot), one ``pXX_ms`` a level,
-        and source: ``measured``, ``interpolated`` (no run is nearest to the knot) or ``extrapolated`` (one knot at
-        twice the largest prompt length, that carries the curve on; none below the least, whose value the reader holds
-        there). Curves do not fall, and at every prompt length the quantiles are in order.
-
+        Knots per key: key_id, prompt_tokens, n (runs nearest to the knot), one ``pXX_ms`` a level and its standard
+        error ``pXX_se_ms``, n_eff (effective number of independent runs of the key), and source: ``measured``,
+        ``interpolated`` (no run is nearest to the knot) or ``extrapolated`` (one knot at twice the largest prompt
+        length, that carries the curve on; none below the least, whose value the reader holds there). Curves do not
+        fall, and at every prompt length the quantiles are in order.
     """
     runs = run_sample.sort_values(["key_id", "run_hash", "prompt_tokens", "prefill_ms"], ignore_index=True)
     data = read_observations(runs, axes, "prompt_tokens", "prefill_ms")
@@ -71,8 +71,8 @@ def fit_step_curve(
     Returns
     -------
     DataFrame
-        Knots per key that has timed steps: key_id, kv_len, n (steps nearest to the knot), one
-        ``pXX_ms`` a level, and source, as in `fit_prefill_curve`. Curves may fall within the
+        Knots per key that has timed steps: key_id, kv_len, n (steps nearest to the knot), and the rest as in
+        `fit_prefill_curve`. Curves may fall within the
         measured lengths.
 
     Notes
@@ -89,8 +89,8 @@ def fit_step_curve(
     steps = step_sample[step_sample["run_hash"].isin(timed)]
     steps = steps.sort_values(["key_id", "run_hash", "position", "step_ms"], ignore_index=True)
     if steps.empty:
-        columns = ["key_id", "kv_len", "n", *map(quantile_column, quantiles), "source"]
-        return pd.DataFrame(columns=columns)
+        figures = (column(q) for column in (quantile_column, error_column) for q in quantiles)
+        return pd.DataFrame(columns=["key_id", "kv_len", "n", *figures, "n_eff", "source"])
     data = read_observations(steps, axes, "kv_len", "step_ms")
     names = steps[["key_id", "run_hash"]]
     run = np.cumsum((names != names.shift()).any(axis=1).to_numpy()) - 1
@@ -184,8 +184,11 @@ def _curve_knots(
         values = np.vstack([values, values[-1:] * (1 + slope * last)])
         part = pd.DataFrame({"key_id": data.key_ids[key], place: knots})
         part["n"] = n
+        errors_ms = values * surface.error(np.full(len(knots), key), np.maximum(knots, 1).astype(np.float64))
         for column, q in enumerate(quantiles):
             part[quantile_column(q)] = values[:, column]
+            part[error_column(q)] = errors_ms[:, column]
+        part["n_eff"] = surface.n_eff[key]
         part["source"] = source
         parts.append(part)
     return pd.concat(parts, ignore_index=True)

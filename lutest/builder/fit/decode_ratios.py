@@ -37,10 +37,11 @@ class RunsOfKey:
     seen_ms: tuple[Floats, Floats, Floats]  # prefill, decode and total as measured
     fixed_one: float  # `fixed` of a run of one step at the key's median prompt
     steadiness: float
+    doubt: float  # standard error of the P50 steps, relative to them
 
 
-def decode_ratios(keys: list[RunsOfKey], knots: Floats, levels: Floats) -> tuple[Floats, Floats]:
-    """Ratios, keys × knots × levels, and what the deviation of each run is to be multiplied by."""
+def decode_ratios(keys: list[RunsOfKey], knots: Floats, levels: Floats) -> tuple[Floats, Floats, Floats]:
+    """Ratios and their standard errors, keys × knots × levels, and what each run's deviation is to be multiplied by."""
     sizes = np.array([len(key.steps) for key in keys])
     owner = np.repeat(np.arange(len(keys)), sizes)
     steps = np.concatenate([key.steps for key in keys])
@@ -68,11 +69,11 @@ def decode_ratios(keys: list[RunsOfKey], knots: Floats, levels: Floats) -> tuple
     at_knots = np.array([key.fixed_one / knots for key in keys])
     one, cost = np.ones(len(keys)), level[owner] * cost
 
-    def own_shape(excess: Floats, levels: Floats) -> Floats:
+    def own_shape(excess: Floats, levels: Floats) -> tuple[Floats, Floats]:
         apart = np.broadcast_to(excess, (FOLDS, *excess.shape))
         return own_shifts(excess, apart, owner, nearness, cost * spread, fold, one, levels)
 
-    own = own_shape((residual / spread)[:, None], middle)[:, :, 0]
+    own = own_shape((residual / spread)[:, None], middle)[0][:, :, 0]
     centers = center + offset[:, None] * at_knots + own * _noise_spread(components[:, None], knots, at_knots)
     residual = residual - spread * np.concatenate([np.interp(p, place, o) for p, o in zip(parts, own, strict=True)])
     components = _noise_components(residual, steps, fixed, owner, len(keys))
@@ -83,11 +84,14 @@ def decode_ratios(keys: list[RunsOfKey], knots: Floats, levels: Floats) -> tuple
     full = u / shrinkage
     shape = local_quantiles(at, full, place, levels)
     beyond = full[:, None] - np.stack([np.interp(at, place, column) for column in shape.T], axis=1)
-    shapes = shape + own_shape(beyond, levels)
+    shifts, errors = own_shape(beyond, levels)
+    shapes = shape + shifts
     ahead = np.sqrt(_noise_spread(components[:, None], knots, at_knots) ** 2 + doubt[:, None])
     ratios = level[:, None, None] * (centers[:, :, None] + ahead[:, :, None] * shapes)
     ratios = np.maximum(np.sort(ratios, axis=2), LEAST_RATIO)
-    return ratios, np.sqrt(1 + doubt[owner] / spread**2) / shrinkage
+    errors = level[:, None, None] * ahead[:, :, None] * errors
+    errors = np.hypot(errors, ratios * np.array([key.doubt for key in keys])[:, None, None])
+    return ratios, errors, np.sqrt(1 + doubt[owner] / spread**2) / shrinkage
 
 
 def _levels(ratio: Floats, cost: Floats, at: Floats, place: Floats, owner: Integers, fold: Integers) -> Floats:

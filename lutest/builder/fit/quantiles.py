@@ -16,6 +16,7 @@ _MADE_UP = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # observations that what all gr
 # Standard errors over groups by which they must lower the loss: at half of it calm groups follow their own chance, at
 # twice as much the tail of ten runs a group is that of all.
 _CLEAR = 0.5
+_LEAST_OWN = 1e-9  # share of its own that is left where a group follows the shared quantile
 _ATOMS = 200  # places that stand for the distribution of all
 
 
@@ -155,7 +156,7 @@ def own_shifts(
     fold: Integers,
     scale: Floats,
     levels: Sequence[float] | Floats,
-) -> Floats:
+) -> tuple[Floats, Floats]:
     """Shifts of each group's quantiles against those that all groups share, as far as its own sample earns them.
 
     Parameters
@@ -176,7 +177,8 @@ def own_shifts(
 
     Returns
     -------
-    ndarray, shape (groups, places, levels)
+    shifts, errors : ndarray, shape (groups, places, levels)
+        The shifts, and the standard errors of the quantiles; NaN where all observations are in one fold.
 
     Notes
     -----
@@ -184,15 +186,19 @@ def own_shifts(
     observations and of n0 made-up ones, spread like those of all (Ferguson 1973). Distributions are mixed, not
     quantiles: noise may have several modes, and between two of them no run lies. A level's n0 has the least
     cross-validated pinball loss, relative to each group's loss by the shared quantile, which is one of the choices.
+    The standard error is sqrt(q (1 - q) / n) times the slope of the quantile over the level (Siddiqui 1960), n the
+    observations, own and made up.
 
     References
     ----------
     T. S. Ferguson (1973), A Bayesian analysis of some nonparametric problems, Annals of Statistics 1.
+    M. M. Siddiqui (1960), Distribution of quantiles in samples from a bivariate population, J. Res. NBS 64B.
     """
     n_groups, folds = len(scale), np.unique(fold)
     shifts = np.zeros((n_groups, len(weights), len(levels)))
+    errors = np.full_like(shifts, np.nan)
     if len(folds) < 2:
-        return shifts
+        return shifts, errors
     for column, q in enumerate(levels):
         beyond = np.empty(len(group))
         for number in folds:
@@ -214,7 +220,8 @@ def own_shifts(
         for place, weight in enumerate(weights):
             own = _MixedQuantiles(excess[:, column], beyond, group, weight, scale)
             shifts[:, place, column] = own.at(made_up, q)
-    return shifts
+            errors[:, place, column] = own.error(made_up, q)
+    return shifts, errors
 
 
 class _MixedQuantiles:
@@ -238,6 +245,19 @@ class _MixedQuantiles:
         """Quantile of each group with that many made-up observations; zero with nothing else."""
         if made_up == np.inf:
             return np.zeros(self._n_groups)
+        return self._quantile(made_up, q)
+
+    def error(self, made_up: float, q: float) -> Floats:
+        """Standard error of that quantile."""
+        sizes = np.bincount(self._group, self._own, self._n_groups)
+        # No more made-up ones than were tried: that a group is like all others is known to no more than that.
+        n = sizes + np.minimum(min(made_up, _MADE_UP[-1]), sizes.sum() - sizes)
+        half = min(q, 1 - q) / 2
+        likes = min(made_up, 1 / _LEAST_OWN)
+        slope = (self._quantile(likes, q + half) - self._quantile(likes, q - half)) / (2 * half)
+        return np.asarray(slope * np.sqrt(q * (1 - q) / np.maximum(n, 1.0)))
+
+    def _quantile(self, made_up: float, q: float) -> Floats:
         mass = self._own + made_up * self._made_up
         total = np.bincount(self._group, mass, self._n_groups)
         middle = np.cumsum(mass) - mass / 2 - (np.cumsum(total) - total)[self._group]

@@ -111,7 +111,7 @@ def fit_steps(runs: RunTotals) -> StepFit:
         for k, rows in enumerate(slices):
             mean[rows] = columns[rows] @ np.concatenate([own[k], pooled])
             apart = columns[rows, n_own:] - columns[rows, :n_own] @ gains[k]
-            doubt[rows] = _quadratic(columns[rows, :n_own], inverses[k]) + _quadratic(apart, covariance)
+            doubt[rows] = quadratic(columns[rows, :n_own], inverses[k]) + quadratic(apart, covariance)
         own_variance = np.einsum("kii->ki", inverses) + np.einsum("kij,jl,kil->ki", gains, covariance, gains)
         spreads = ((own**2 + own_variance).sum(axis=0) + PRIOR_KEYS * SPREADS**2) / (n_keys + PRIOR_KEYS)
         prior[-2] = min(pooled[-2] ** 2 + covariance[-2, -2], SLOPE_DEVIATION**2)
@@ -121,7 +121,7 @@ def fit_steps(runs: RunTotals) -> StepFit:
         key_noise = np.add.reduceat(squares / (terms @ parts + floor), runs.starts)
         key_noise = (key_noise + PRIOR_RUNS) / (counts + PRIOR_RUNS)
         apart = at_centre - base[:, None] * gains[:, 0]
-        error = np.sqrt(base**2 * inverses[:, 0, 0] + _quadratic(apart, covariance))
+        error = np.sqrt(base**2 * inverses[:, 0, 0] + quadratic(apart, covariance))
         level = at_centre @ pooled + base * own[:, 0]
         settled = abs(parts.sum() - parts_before.sum()) <= SETTLED * parts.sum() + LEAST_NOISE**2
         if settled and np.all(np.abs(level - previous) < TOLERANCE * error):
@@ -150,7 +150,7 @@ def _own_columns(runs: RunTotals) -> Floats:
     return np.column_stack([runs.steps, tilt / reach, beyond / reach, runs.subtracted])
 
 
-def _quadratic(rows: Floats, matrix: Floats) -> Floats:
+def quadratic(rows: Floats, matrix: Floats) -> Floats:
     """Row by row, ``r·M·r``; not below zero, where rounding would leave it."""
     product: Floats = np.maximum(np.einsum("ij,ij->i", rows @ matrix, rows), 0.0)
     return product

@@ -9,8 +9,8 @@ import pandas as pd
 from scipy import special
 
 from lutest.builder.fit.observations import Flags, Floats, Integers, KeyAxes
-from lutest.builder.fit.step_model import FREEDOM, LEAST_SHARE, RunTotals, StepFit, fit_steps, shared_columns
-from lutest.reader.names import quantile_column
+from lutest.builder.fit.step_model import FREEDOM, LEAST_SHARE, RunTotals, StepFit, fit_steps, quadratic, shared_columns
+from lutest.reader.names import error_column, quantile_column
 
 FEW_RUNS, LARGEST_SPREAD = 10, 0.15  # with fewer informative runs in all, the spread of a step is hardly known
 INFORMATIVE = 2.0  # a run says something of its key's step when its decode is this many times its noise
@@ -31,15 +31,15 @@ def recover_step_curve(run_sample: pd.DataFrame, axes: KeyAxes, quantiles: Seque
     Returns
     -------
     DataFrame
-        ``key_id, kv_len, n, pXX_ms …, source``: two or three knots per key that has untimed runs of
+        ``key_id, kv_len, n, pXX_ms …, pXX_se_ms …, n_eff, source``: two or three knots per key that has untimed runs of
         two tokens or more, from the least to the largest KV length that its runs covered. ``source`` is
         ``interpolated``, or ``extrapolated`` for a key whose own runs say next to nothing, so that its curve is that
         of the other keys.
     """
-    columns = [quantile_column(q) for q in quantiles]
+    columns, errors = [quantile_column(q) for q in quantiles], [error_column(q) for q in quantiles]
     runs = _read_run_totals(run_sample, axes)
     if runs is None:
-        return pd.DataFrame(columns=["key_id", "kv_len", "n", *columns, "source"])
+        return pd.DataFrame(columns=["key_id", "kv_len", "n", *columns, *errors, "n_eff", "source"])
     fit = fit_steps(runs)
     informative = _informative(runs, fit)
     spread = fit.spread if informative.sum() >= FEW_RUNS else min(fit.spread, LARGEST_SPREAD)
@@ -53,6 +53,8 @@ def recover_step_curve(run_sample: pd.DataFrame, axes: KeyAxes, quantiles: Seque
         knots = np.unique(np.array([least, runs.centre[k], largest], dtype=np.int64))
         curve = pd.DataFrame({"key_id": runs.key_ids[k], "kv_len": knots, "n": _steps_near(knots, first, last)})
         curve[columns] = np.outer(_curve_ms(runs, fit, k, knots.astype(float)), factors)
+        curve[errors] = np.outer(_error_ms(runs, fit, k, knots.astype(float)), factors)
+        curve["n_eff"] = float(informative[k])
         curve["source"] = "interpolated" if informative[k] else "extrapolated"
         curves.append(curve)
     return pd.concat(curves, ignore_index=True)
@@ -64,6 +66,15 @@ def _curve_ms(runs: RunTotals, fit: StepFit, k: int, kv_len: Floats) -> Floats:
     step = shared_columns(runs, np.full(len(kv_len), k), kv_len) @ fit.pooled + fit.base[k] * own
     curve: Floats = np.maximum(step, LEAST_SHARE * fit.base[k]) * runs.level_ms
     return curve
+
+
+def _error_ms(runs: RunTotals, fit: StepFit, k: int, kv_len: Floats) -> Floats:
+    """Standard error of the curve: of the key's own part, and of the pooled part as far as it does not follow that."""
+    away = (kv_len - runs.centre[k]) / runs.reach[k]
+    none = np.zeros_like(away)
+    own = np.column_stack([none + fit.base[k], fit.base[k] * away, fit.base[k] * np.maximum(away, 0), none])
+    pooled = shared_columns(runs, np.full(len(kv_len), k), kv_len) - own @ fit.gains[k]
+    return np.asarray(np.sqrt(quadratic(own, fit.inverses[k]) + quadratic(pooled, fit.covariance)) * runs.level_ms)
 
 
 def _informative(runs: RunTotals, fit: StepFit) -> Integers:

@@ -19,10 +19,15 @@ _WIDEST, _WIDEST_AT_LEAST = 3.0, 2.0  # times the largest deviation of a run out
 
 @dataclass(frozen=True)
 class Surface:
-    """Fitted quantiles: ``surface.log_ms(key, place)`` has one row a place and one column a quantile."""
+    """Fitted quantiles: ``surface.log_ms(key, place)`` has one row a place and one column a quantile.
+
+    So has `error`, their standard errors; `n_eff` are the effective numbers of independent observations of each key.
+    """
 
     location: KeyFunction
     spread: KeyFunction
+    error: KeyFunction
+    n_eff: Floats
 
     def log_ms(self, key: Integers, place: Floats) -> Floats:
         """Logarithms of the latency's quantiles, shape (n, quantiles), ascending in each row."""
@@ -88,7 +93,7 @@ def fit_surface(data: Observations, more: Observations, quantiles: Sequence[floa
         return np.asarray(np.clip(spread(key, place) * factor[:, None], -limit, limit))
 
     expected = shared(more.key, more.place)
-    shifts = own_shifts(
+    found = own_shifts(
         (more.log_ms - location.at(more.key, more.place))[:, None] - expected,
         np.stack(apart)[:, :, None] - expected,
         more.key,
@@ -97,8 +102,17 @@ def fit_surface(data: Observations, more: Observations, quantiles: Sequence[floa
         more.fold,
         scale,
         quantiles,
-    )[:, 0]
-    return Surface(location.at, lambda key, place: np.asarray(np.sort(shared(key, place) + shifts[key], axis=1)))
+    )
+    shifts, errors = (held[:, 0] for held in found)
+
+    def spread_of(key: Integers, place: Floats) -> Floats:
+        return np.asarray(np.sort(shared(key, place) + shifts[key], axis=1))
+
+    def error(key: Integers, place: Floats) -> Floats:
+        return np.asarray(np.sqrt(errors[key] ** 2 + location.posterior_variance(key, place)[:, None]))
+
+    n_eff = np.bincount(more.key, more.weight, len(more.key_ids)).astype(np.float64)
+    return Surface(location.at, spread_of, error, n_eff)
 
 
 def _fit_residual_quantiles(

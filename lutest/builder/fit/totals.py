@@ -11,8 +11,8 @@ from scipy import optimize
 
 from lutest.builder.fit.decode_ratios import RunsOfKey, decode_ratios
 from lutest.builder.fit.observations import Floats
-from lutest.builder.fit.quantiles import weighted_quantiles
-from lutest.reader.names import quantile_column, quantile_suffix
+from lutest.builder.fit.quantiles import local_weights, weighted_quantiles
+from lutest.reader.names import error_column, quantile_column, quantile_suffix
 
 MAX_KNOTS = 12
 TELLING_RUNS = 15  # runs beyond a level that tell as much about its correlation as the plain one does
@@ -39,10 +39,10 @@ def calibrate_totals(
     Returns
     -------
     decode_total : DataFrame
-        ``key_id``, ``decode_steps``, ``n``, one ``pXX_ratio`` a level, ``source``: quantiles of ``decode_ms`` over D,
-        the sum of the P50 curve over the run's steps. The product of D and a ratio never falls with the number of
-        steps; ratios are above 0 and do not fall with the level. A key without a decode curve or without a run of two
-        tokens has no row.
+        ``key_id``, ``decode_steps``, ``n``, one ``pXX_ratio`` a level, its standard error ``pXX_se_ratio``,
+        ``n_eff``, ``source``: quantiles of ``decode_ms`` over D, the sum of the P50 curve over the run's steps. The
+        product of D and a ratio never falls with the number of steps; ratios are above 0 and do not fall with the
+        level. A key without a decode curve or without a run of two tokens has no row.
     total : DataFrame
         ``key_id``, ``n`` (runs of two tokens or more), ``pXX_correlation`` in [0, 1] a level; each key of
         `prefill_curve`.
@@ -50,6 +50,7 @@ def calibrate_totals(
     levels = np.asarray(quantiles, dtype=float)
     keys = _runs_of_keys(run_sample, prefill_curve, decode_curve, levels)
     ratio_columns = [f"{quantile_suffix(q)}_ratio" for q in levels]
+    error_columns = [f"{quantile_suffix(q)}_se_ratio" for q in levels]
     correlation_columns = [f"{quantile_suffix(q)}_correlation" for q in levels]
     rows = []
     correlations: dict[int, Floats] = {}
@@ -58,13 +59,15 @@ def calibrate_totals(
         if not part:
             continue
         knots = _knots(part)
-        ratios, inflation = decode_ratios(part, knots, levels)
-        tables = [_rows(key, knots, own, levels) for key, own in zip(part, ratios, strict=True)]
+        ratios, errors, inflation = decode_ratios(part, knots, levels)
+        tables = [
+            _rows(key, knots, *own, levels) for key, own in zip(part, zip(ratios, errors, strict=True), strict=True)
+        ]
         final = np.stack([table[ratio_columns].to_numpy(float) for table in tables])
         found = _total_correlations(part, final, knots, inflation, levels)
         correlations.update({key.key_id: found for key in part})
         rows.extend(tables)
-    columns = ["key_id", "decode_steps", "n", *ratio_columns, "source"]
+    columns = ["key_id", "decode_steps", "n", *ratio_columns, *error_columns, "n_eff", "source"]
     decode_total = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=columns)
     decode_total = decode_total.sort_values(["key_id", "decode_steps"], ignore_index=True)
 
@@ -88,7 +91,7 @@ def _knots(keys: list[RunsOfKey]) -> Floats:
     return np.unique(np.round(np.geomspace(least, largest, size)))
 
 
-def _rows(key: RunsOfKey, knots: Floats, ratios: Floats, levels: Floats) -> pd.DataFrame:
+def _rows(key: RunsOfKey, knots: Floats, ratios: Floats, errors: Floats, levels: Floats) -> pd.DataFrame:
     nearest = np.abs(np.log(key.steps)[:, None] - np.log(knots)).argmin(axis=1)
     count = np.bincount(nearest, minlength=len(knots))
     inside = (knots >= key.steps.min()) & (knots <= key.steps.max())
@@ -97,6 +100,9 @@ def _rows(key: RunsOfKey, knots: Floats, ratios: Floats, levels: Floats) -> pd.D
     rows["n"] = count.astype("int64")
     for number, q in enumerate(levels):
         rows[f"{quantile_suffix(q)}_ratio"] = ratios[:, number]
+        rows[f"{quantile_suffix(q)}_se_ratio"] = errors[:, number]
+    weights = [local_weights(np.log2(key.steps), place) for place in np.log2(knots)]
+    rows["n_eff"] = [float(weight.sum()) for weight in weights]
     rows["source"] = np.where(count > 0, "measured", np.where(inside, "interpolated", "extrapolated"))
     return rows
 
@@ -167,6 +173,8 @@ def _runs_of_keys(
     middle = _place_of_median(levels)
     prefill = _curves(prefill_curve, "prompt_tokens", columns)
     decode = _curves(decode_curve, "kv_len", columns)
+    relative = decode_curve.get(error_column(levels[middle]), 0.0) / decode_curve[columns[middle]]
+    doubts = relative.fillna(0.0).groupby(decode_curve["key_id"]).median().to_dict()
     runs = run_sample[run_sample["output_tokens"] >= 2]
     # Sums of floats depend on their order; rows come in any.
     runs = runs.sort_values(["key_id", "output_tokens", "prompt_tokens", "decode_ms", "prefill_ms", "total_ms"])
@@ -200,6 +208,7 @@ def _runs_of_keys(
                 (prefill_ms, decode_ms, total_ms),
                 fixed_one,
                 decode[key_id].steadiness(middle),
+                doubts.get(key_id, 0.0),
             )
         )
     return keys
