@@ -81,7 +81,7 @@ def _write_prefill(
 ) -> None:
     counts = "(SELECT key_id, count(*) FILTER (NOT outlier) AS n FROM sound_runs GROUP BY key_id)"
     write_order_statistics(connection, "prefill_figures", "sound_runs", "prefill_ms", quantiles, upper_rank, counts)
-    vision = "coalesce(greatest(prompt_tokens - text_tokens, 0), vision_tokens)"
+    vision = "coalesce(CASE WHEN text_tokens <= prompt_tokens THEN prompt_tokens - text_tokens END, vision_tokens)"
     connection.execute(
         f"""
         CREATE OR REPLACE TABLE prefill AS
