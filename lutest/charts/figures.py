@@ -17,7 +17,7 @@ _FIRST_OUTPUTS = (1, 2, 4, 8, 16, 32, 64, 128)
 _MOST_BESIDE, _LEAST_FILLED = 6, 0.35  # tables beside each other; share of their places that are configurations
 _BEYOND = 1.25  # times the last knot: how far curves go
 _DRAWN = 1.15  # times the last length that runs stand at: how far they are drawn
-_MOST_SHARES, _FEWEST_BUDGETS, _MOST_BUDGETS = 2_400, 12, 28  # of P(total <= budget)
+_BUDGETS = 48  # of P(total <= budget), for each configuration
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -106,21 +106,20 @@ def curve(entry: Entry, stage: str) -> dict[str, Any] | None:
     return {name: [row[name] for row in [*rows, beyond]] for name in names}
 
 
-def shares_within(table: LatencyTable) -> list[dict[str, list[float]]] | None:
+def shares_within(table: LatencyTable) -> list[dict[str, Any]] | None:
     """P(total <= budget) of each configuration over budgets of its own; None without output lengths."""
     lengths = [tokens for pairs in table.output_lengths.values() for tokens, _ in pairs]
     if not lengths:
         return None
-    n_budgets = min(max(_MOST_SHARES // len(table), _FEWEST_BUDGETS), _MOST_BUDGETS)
-    held: list[dict[str, list[float]]] = []
-    for key, figures in zip(table.keys, table.figures.keys, strict=True):
-        entry = table[key]
-        if figures.decode_curve is None and max(lengths) > 1:
+    held: list[dict[str, Any]] = []
+    for place, key in enumerate(table.keys):
+        if table.figures.keys[place].decode_curve is None and max(lengths) > 1:
             held.append({"budget_ms": [], "share": []})
             continue
+        entry = table[key]
         ends = 0.6 * entry.total_ms(None, min(lengths), 0.5), 1.3 * entry.total_ms(None, max(lengths), 0.95)
-        budgets = [float(f"{budget:.3g}") for budget in np.geomspace(*ends, n_budgets)]
-        held.append({"budget_ms": budgets, "share": [entry.p_within(budget) for budget in budgets]})
+        budgets = [float(f"{budget:.3g}") for budget in np.geomspace(*ends, _BUDGETS)]
+        held.append({"budget_ms": budgets, "share": table.batch.p_within(place, budgets)})
     return held
 
 

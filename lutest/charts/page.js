@@ -36,7 +36,7 @@ const level = (q) => `P${+(100 * q).toPrecision(10)}`;
 // ---- what is asked, and the totals of it ----
 const ids = data.keys.map((_, i) => i);
 const median = data.quantiles.indexOf(0.5), tail = data.quantiles.indexOf(0.95);
-const asked = {budget: 0, prompt: null, output: data.start.output, q: tail, workload: Object.keys(data.quality)[0]};
+const asked = {budget: 0, prompt: null, text: false, output: data.start.output, q: tail, workload: Object.keys(data.quality)[0]};
 let chosen = [...data.start.chosen];
 
 const between = (places, x) => { // the place before x, and how far x is on the way to the next
@@ -57,7 +57,8 @@ const totalOf = (key, prompt, output, q) => {
   return mixed(along(held.ms[q][below]), along(held.ms[q][above]), part);
 };
 // Without an output length prefill decides, the total of one token, and has its share of the budget.
-const latencies = () => ids.map((key) => totalOf(key, asked.prompt, asked.output ?? 1, asked.q));
+const promptOf = (key) => asked.prompt === null || !asked.text ? asked.prompt : asked.prompt + data.vision[key];
+const latencies = () => ids.map((key) => totalOf(key, promptOf(key), asked.output ?? 1, asked.q));
 const limit = () => asked.budget * (asked.output === null ? data.prefill_share : 1);
 let latency = [];
 
@@ -171,11 +172,12 @@ const drawBudget = () => {
   const limits = (list) => ({min: list[0], max: list[list.length - 1]});
   const prompt = h("input", {type: "number", id: "prompt", step: 1, list: "prompts", placeholder: "as measured", ...limits(first.prompts)});
   const output = h("input", {type: "number", id: "output", step: 1, list: "outputs", placeholder: "not known", ...limits(first.outputs)});
+  const counts = h("select", {id: "counts"}, h("option", {value: ""}, "vision and text"), h("option", {value: "text"}, "the text alone"));
   const quantile = h("select", {id: "quantile"}, data.quantiles.map((q, i) => h("option", {value: i, selected: i === asked.q}, level(q))));
   output.value = asked.output ?? "";
   section.append(h("form", {class: "controls", onsubmit: (event) => event.preventDefault()},
     h("label", {class: "wide"}, "Budget", slider), h("label", {}, "Budget, ms", number),
-    h("label", {}, "Prompt tokens", prompt), h("label", {}, "Output tokens", output),
+    h("label", {}, "Prompt tokens", prompt), data.vision && h("label", {}, "They are", counts), h("label", {}, "Output tokens", output),
     h("label", {}, "Quantile", quantile), lengths("prompts", first.prompts), lengths("outputs", first.outputs)));
   const count = h("output", {class: "count", id: "count", for: "slider", "aria-live": "polite"});
   const wide = data.layout.across !== null && data.levels[data.layout.across].length > 10;
@@ -229,6 +231,7 @@ const drawBudget = () => {
     input.addEventListener("input", () => { asked[name] = held(input); ask(); });
     input.addEventListener("change", () => { input.value = held(input) ?? ""; });
   }
+  counts.addEventListener("change", () => { asked.text = counts.value === "text"; ask(); });
   quantile.addEventListener("change", () => { asked.q = +quantile.value; ask(); });
   return {
     start() { latency = latencies(); setBudget(data.start.budget); },
@@ -237,7 +240,7 @@ const drawBudget = () => {
 };
 let behindGrid, fittingChart, frontierChart, sharesChart;
 const what = () => {
-  const prompt = asked.prompt === null ? "prompts as measured" : `${whole(asked.prompt)} prompt tokens`;
+  const prompt = asked.prompt === null ? "prompts as measured" : `${whole(asked.prompt)} ${asked.text ? "text" : "prompt"} tokens`;
   const stage = asked.output === null ? "prefill" : `total of ${whole(asked.output)} output token${asked.output === 1 ? "" : "s"}`;
   return `${level(data.quantiles[asked.q])} ${stage}, ${prompt}`;
 };

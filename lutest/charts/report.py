@@ -155,12 +155,14 @@ def page_content(table: LatencyTable) -> dict[str, Any]:
         shown = {"quality": row.accuracy, "n": row.n, "lower": row.lower, "upper": row.upper}
         quality.setdefault(row.workload, []).append({"key": places[row.key], **shown})
     ordered = levels(table, own)
+    vision = [key.vision_tokens_p50 for key in table.figures.keys]
     return {
         "columns": [{"name": column.name, "kind": column.kind} for column in table.figures.key_columns],
         "levels": ordered,
         "layout": dict(zip(("across", "beside", "down"), layout(table, ordered), strict=True)),
         "keys": [list(key) for key in table.keys],
         "n": [table[key].n for key in table.keys],
+        "vision": None if None in vision else vision,
         "quantiles": list(table.quantiles),
         "prefill_share": PREFILL_SHARE,
         "common": {"prompts": common[0], "outputs": common[1]},

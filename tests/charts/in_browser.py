@@ -89,21 +89,28 @@ def test_the_slider_counts_what_the_table_finds(name: str, browser: Browser, req
     assert browser.console == []
 
 
+@pytest.mark.filterwarnings("ignore::lutest.LutestWarning")
 def test_lengths_and_quantile_are_asked_of_the_table(cpu_table: Path, cpu_page: Path, browser: Browser) -> None:
     table = lutest.load(cpu_table)
     browser.open(cpu_page, WIDTHS[0])
     data = browser.run("JSON.parse(document.getElementById('data').textContent).common")
     budget = browser.run("+document.getElementById('budget-ms').value")
     prompts, outputs = data["prompts"], data["outputs"]
-    for prompt, output, level in (("", "", 1), (prompts[1], outputs[3], 0), (prompts[2], "", 1)):
+    for prompt, counts, output, level in (
+        ("", "", "", 1),
+        (prompts[1], "", outputs[3], 0),
+        (prompts[2], "", "", 1),
+        (40, "text", outputs[2], 1),
+    ):
         browser.run(
-            f"for (const [id, value] of [['prompt', '{prompt}'], ['output', '{output}'], ['quantile', '{level}']]) {{"
-            " const e = document.getElementById(id); e.value = value;"
-            " e.dispatchEvent(new Event(id === 'quantile' ? 'change' : 'input')); }"
+            f"for (const [id, value] of [['prompt', '{prompt}'], ['counts', '{counts}'], ['output', '{output}'],"
+            f" ['quantile', '{level}']]) {{ const e = document.getElementById(id); e.value = value;"
+            " e.dispatchEvent(new Event(e.tagName === 'SELECT' ? 'change' : 'input')); }"
         )
         right = table.feasible(
             budget,
-            prompt_tokens=int(prompt) if prompt else None,
+            prompt_tokens=int(prompt) if prompt and not counts else None,
+            text_tokens=int(prompt) if prompt and counts else None,
             output_tokens=int(output) if output else None,
             q=table.quantiles[level],
         )
