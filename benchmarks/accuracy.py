@@ -24,8 +24,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+from accuracy_by_size import SIZE_RIVALS, print_sizes, score_sizes
 from accuracy_sections import fit_time, subtraction_bias, subtraction_curves, unmeasured_keys
-from held_out import TARGETS, Runs, build_table, load_runs, split, table_predictions
+from held_out import KEYS, TARGETS, Runs, build_table, load_runs, split, table_predictions
 from judging import BANDS, Limits, Scores, judge, r_squared_limits
 from printing import (
     FAILS,
@@ -46,7 +47,8 @@ from rivals import RIVALS, Rival
 
 TABLE = "lutest"
 PROTOCOLS: dict[str, int | None] = {"half of the runs": None, "10 runs a key": 10}
-SECTIONS = ("splits", "subtraction", "unmeasured", "time")
+SECTIONS = ("splits", "sizes", "subtraction", "unmeasured", "time")
+SERVING_KEY = ("gpu", "n_gpus", "users")
 MOST_UNMEASURED_KEYS = 27
 TABLE_RUNS = Path(__file__).resolve().parent.parent / "tables" / "runs"
 
@@ -69,6 +71,19 @@ def main() -> None:
             _print_splits(outcomes, limits, runs)
             verdicts += _split_verdicts(outcomes, limits, runs)
             figures["splits"] = _split_figures(outcomes, limits)
+        if "sizes" in options.sections:
+            by_size = [name for name in options.rivals if name in SIZE_RIVALS]
+            sized = [rival for rival in rivals if rival.name in by_size]
+            for what, sizes, key in (
+                (options.runs, (10, 30, None), None),
+                (options.preset, (10, 30, None), None),
+                (options.serving, (10, 30, 100, None), SERVING_KEY),
+            ):
+                if what.exists():
+                    judged = runs if what == options.runs else load_runs(what, Path(folder), key or KEYS)
+                    found = score_sizes(judged, sizes, options.splits, sized, _progress)
+                    verdicts += print_sizes(what, judged, found)
+                    figures[f"sizes of {what.stem}"] = [cell._asdict() for cell in found]
         if "subtraction" in options.sections and options.subtraction.exists():
             _progress("subtraction")
             subtraction = load_runs(options.subtraction, Path(folder))
@@ -101,6 +116,8 @@ def _options() -> argparse.Namespace:
     default = TABLE_RUNS / "direct.parquet"
     parser.add_argument("--runs", type=Path, default=default, help="any runs that lutest reads (default: %(default)s)")
     parser.add_argument("--subtraction", type=Path, default=TABLE_RUNS / "subtraction.parquet")
+    parser.add_argument("--preset", type=Path, default=TABLE_RUNS / "cpu-preset.parquet")
+    parser.add_argument("--serving", type=Path, default=TABLE_RUNS / "llama-13b-serving.parquet")
     parser.add_argument("--splits", type=int, help="how many (default: 5; 2 with --quick)")
     parser.add_argument("--quick", action="store_true", help="2 splits, without the MLP, 9 unmeasured keys")
     parser.add_argument(

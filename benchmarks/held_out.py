@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,13 +48,17 @@ class Runs:
     Attributes
     ----------
     frame : DataFrame
-        One row a run: canonical columns, `key` (number of its configuration) and `tier_index`.
+        One row a run: canonical columns, `key` (number of its configuration), and for each key column `…_index`, a
+        number: categories are in the order of their prompt lengths.
     steps : DataFrame
         One row a timed step: `run` (its place in `frame`), `position` (from 1), `kv_len`, `step_ms`.
+    key_columns : tuple of str
+        What a configuration is.
     """
 
     frame: pd.DataFrame
     steps: pd.DataFrame
+    key_columns: tuple[str, ...] = tuple(KEYS)
 
     def take(self, places: Ints) -> Runs:
         """The runs at these places of `frame`, with their steps."""
@@ -61,7 +66,7 @@ class Runs:
         new_places[places] = np.arange(len(places))
         run = new_places[self.step_runs()]
         steps = self.steps.assign(run=run)[run >= 0].reset_index(drop=True)
-        return Runs(self.frame.iloc[places].reset_index(drop=True), steps)
+        return Runs(self.frame.iloc[places].reset_index(drop=True), steps, self.key_columns)
 
     def column(self, name: str) -> Floats:
         """A column of `frame` as floats."""
@@ -84,7 +89,7 @@ class Runs:
         return np.asarray(self.steps[name], dtype=np.float64)
 
 
-def load_runs(source: Path, folder: Path) -> Runs:
+def load_runs(source: Path, folder: Path, key: Sequence[str] = KEYS) -> Runs:
     """Read runs from whatever lutest reads; those that a build would reject as unsound are left out, outliers stay.
 
     Parameters
@@ -93,11 +98,13 @@ def load_runs(source: Path, folder: Path) -> Runs:
         A file or folder of runs.
     folder : Path
         Where intermediate files may lie.
+    key : sequence of str
+        What a configuration is.
     """
     parquet = folder / "runs.parquet"
-    lutest.convert(source, parquet)
+    lutest.convert(source, parquet, config={"key": list(key)})
     checked = folder / "checked.duckdb"
-    lutest.build({"cleaning": {"outliers": "none"}}, runs=parquet, output=checked)
+    lutest.build({"key": list(key), "cleaning": {"outliers": "none"}}, runs=parquet, output=checked)
     with duckdb.connect() as connection:
         frame = connection.execute("SELECT * FROM read_parquet(?)", [str(parquet)]).df()
     frame = frame.drop(index=_rejected_places(checked).tolist()).reset_index(drop=True)
@@ -107,23 +114,27 @@ def load_runs(source: Path, folder: Path) -> Runs:
     if "total_ms" not in frame:
         frame["total_ms"] = np.nan
     frame["total_ms"] = frame["total_ms"].fillna(frame["prefill_ms"] + frame["decode_ms"])
-    tiers = frame.groupby("tier")["prompt_tokens"].median().sort_values(kind="stable").index
-    frame["tier_index"] = frame["tier"].map({tier: place for place, tier in enumerate(tiers)})
-    frame["key"] = frame.groupby(["tier_index", "top_k", "num_blocks"]).ngroup()
-    return Runs(frame, _timed_steps(frame))
+    for name in key:
+        index = frame[name]
+        if not pd.api.types.is_numeric_dtype(index):
+            values = frame.groupby(name)["prompt_tokens"].median().sort_values(kind="stable").index
+            index = index.map({value: place for place, value in enumerate(values)})
+        frame[f"{name}_index"] = index
+    frame["key"] = frame.groupby([f"{name}_index" for name in key]).ngroup()
+    return Runs(frame, _timed_steps(frame), tuple(key))
 
 
 def _timed_steps(frame: pd.DataFrame) -> pd.DataFrame:
-    rows: list[tuple[int, int, float]] = []
-    if "decode_steps_ms" in frame:
-        for run, steps in enumerate(frame["decode_steps_ms"]):
-            if np.ndim(steps) == 0:  # None or NaN: none was timed
-                continue
-            for position, step in enumerate(steps, 1):
-                rows += [(run, position, float(timing)) for timing in np.ravel(step)]  # one, or one list a position
-    steps = pd.DataFrame(rows, columns=["run", "position", "step_ms"])
-    prompt = frame["prompt_tokens"].to_numpy()[steps["run"].to_numpy(dtype=np.int64)]
-    return steps.assign(kv_len=prompt + steps["position"].to_numpy(dtype=np.int64))
+    empty = np.empty(0)
+    timed = [empty] * len(frame)
+    if "decode_steps_ms" in frame:  # None or NaN where none was timed
+        timed = [np.asarray(held, dtype=np.float64) if np.ndim(held) else empty for held in frame["decode_steps_ms"]]
+    lengths = np.array([len(held) for held in timed], dtype=np.int64)
+    run = np.repeat(np.arange(len(timed)), lengths)
+    position = np.arange(len(run)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + 1
+    kv_len = frame["prompt_tokens"].to_numpy()[run] + position
+    step_ms = np.concatenate([empty, *timed])
+    return pd.DataFrame({"run": run, "position": position, "step_ms": step_ms, "kv_len": kv_len})
 
 
 def split(runs: Runs, seed: int, runs_per_key: int | None) -> tuple[Ints, Ints]:
@@ -180,11 +191,11 @@ class Built:
     seconds: float
 
 
-def build_table(frame: pd.DataFrame, missing: Missing = "error") -> Built:
+def build_table(frame: pd.DataFrame, missing: Missing = "error", key: Sequence[str] = KEYS) -> Built:
     """A table of these runs, built with the default configuration into a file and loaded from it."""
     with tempfile.TemporaryDirectory(prefix="lutest-accuracy-") as folder:
         path = Path(folder) / "table.duckdb"
-        summary = lutest.build(runs=frame, output=path)
+        summary = lutest.build({"key": list(key)}, runs=frame, output=path)
         accepted = np.setdiff1d(np.arange(len(frame)), _rejected_places(path))
         return Built(lutest.load(path, missing=missing), accepted, summary.fit_seconds, summary.seconds)
 
@@ -199,7 +210,8 @@ def table_predictions(table: lutest.LatencyTable, runs: Runs) -> Predicted:
     """What a table says of runs, by `table.batch`."""
     batch = table.batch
     frame = runs.frame
-    ids = batch.key_ids(frame["tier"].to_numpy(dtype=object), frame["top_k"].to_numpy(), frame["num_blocks"].to_numpy())
+    columns = [frame[name] for name in runs.key_columns]
+    ids = batch.key_ids(*(c.to_numpy(None if pd.api.types.is_numeric_dtype(c) else object) for c in columns))
     prompt, tokens = frame["prompt_tokens"].to_numpy(), frame["output_tokens"].to_numpy()
     step_ids, kv_len = ids[runs.step_runs()], runs.steps["kv_len"].to_numpy()
     return {

@@ -99,6 +99,26 @@ def _dictionary(
     return predict
 
 
+def fit_key_quantiles(train: Runs) -> Predict:
+    """A GROUP BY: type 7 quantiles of each key's prefill, steps and mean steps."""
+    prefill = _by_key(train.frame["key"], train.column("prefill_ms"))
+    rate = _by_key(train.frame["key"], _per_token_ms(train, 1))
+    step = (
+        _by_key(train.frame["key"].iloc[train.steps["run"]], train.step_column("step_ms")) if len(train.steps) else rate
+    )
+    levels = [[held.quantile(q) for q in QUANTILES] for held in (prefill, step, rate)]
+    (prefill_p50, prefill_p95), (step_p50, step_p95), (rate_p50, rate_p95) = levels
+
+    def predict(runs: Runs) -> Predicted:
+        steps = np.array([_at(step_p50, runs), _at(step_p95, runs)])[:, runs.step_runs()]
+        decode = np.array([_at(rate_p50, runs), _at(rate_p95, runs)]) * runs.decode_steps()
+        first = np.array([_at(prefill_p50, runs), _at(prefill_p95, runs)])
+        total = first + np.where(runs.decode_steps() > 0, decode, 0.0)
+        return {"prefill": first, "decode step": steps, "decode total": decode, "total": total}
+
+    return predict
+
+
 def _linear_quantile(design: Floats, values: Floats, q: float) -> Floats:
     """Coefficients of a linear quantile regression (Koenker and Bassett 1978), by the dual linear programme."""
     scale = np.maximum(np.abs(design).max(axis=0), 1e-12)
@@ -110,6 +130,9 @@ def _linear_quantile(design: Floats, values: Floats, q: float) -> Floats:
     return coefficients
 
 
+_MOST_ROWS = 4000  # of a key and target, evenly spaced: a linear programme of more takes minutes
+
+
 def _linear_designs(runs: Runs) -> dict[str, Floats]:
     prompt, steps = runs.column("prompt_tokens"), runs.decode_steps()
     one = np.ones(len(prompt))
@@ -117,7 +140,7 @@ def _linear_designs(runs: Runs) -> dict[str, Floats]:
     return {
         "prefill": np.column_stack([one, prompt]),
         "decode step": np.column_stack([np.ones(len(runs.steps)), runs.step_column("kv_len")]),
-        "decode total": np.column_stack([steps, steps * mean_kv]),
+        "decode total": np.column_stack([one, steps, steps * mean_kv]),
         "total": np.column_stack([one, prompt, steps]),
     }
 
@@ -128,7 +151,8 @@ def fit_linear_quantiles(train: Runs) -> Predict:
     fitted: dict[tuple[str, int], Floats] = {}
     for target, (rows, values, keys) in observed(train).items():
         for key in np.unique(keys):
-            own = keys == key
+            own = np.flatnonzero(keys == key)
+            own = own[:: -(-len(own) // _MOST_ROWS)]
             design = designs[target][rows[own]]
             fitted[target, int(key)] = np.array([_linear_quantile(design, values[own], q) for q in QUANTILES])
 
@@ -150,7 +174,7 @@ def fit_linear_quantiles(train: Runs) -> Predict:
 
 
 def _tree_features(runs: Runs, target: str) -> Floats:
-    names = ["tier_index", "top_k", "num_blocks", "prompt_tokens", "vision_tokens", "text_tokens"]
+    names = [*(f"{name}_index" for name in runs.key_columns), "prompt_tokens", "vision_tokens", "text_tokens"]
     if target == "decode step":
         return np.column_stack([*(runs.column(name)[runs.step_runs()] for name in names), runs.step_column("kv_len")])
     if target in ("decode total", "total"):
@@ -260,7 +284,7 @@ _BATCH = 128
 
 
 def _mlp_inputs(runs: Runs, run: Ints, position: Floats) -> Floats:
-    names = ("vision_tokens", "text_tokens", "tier_index", "top_k", "num_blocks")
+    names = ("vision_tokens", "text_tokens", *(f"{name}_index" for name in runs.key_columns))
     return np.column_stack([*(runs.column(name)[run] for name in names), np.log(position)])
 
 
@@ -348,6 +372,7 @@ def fit_mlp(train: Runs) -> Predict:
 
 RIVALS = (
     Rival("key mean", fit_key_mean),
+    Rival("key quantiles", fit_key_quantiles),
     Rival("careless median", fit_careless_median),
     Rival("mlp", fit_mlp, "torch"),
     Rival("linear quantiles", fit_linear_quantiles),
