@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import duckdb
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -261,3 +263,43 @@ def test_no_rollout_ends_a_run_or_drowns_its_group(table: lutest.LatencyTable) -
     far = harsher.judge({**row, "output_tokens": 10_000_000})
     assert far is not None
     assert far.reward == pytest.approx(-101.0)
+
+
+def timed(recorder: lutest.Recorder, key: Any, **options: Any) -> None:
+    with recorder.run(key, **options) as run:
+        with run.prefill():
+            pass
+        with run.step():
+            pass
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "said"),
+    [
+        (("low", 4, 12), {"sample_id": "img_0000"}, "sample_id is 'img_0000'; allowed: a whole number"),
+        (("low", 4, 12), {"prompt_tokens": "5"}, "prompt_tokens is '5'"),
+        (("low", 4, 12), {"prompt_tokens": 2**31}, "prompt_tokens is 2147483648"),
+        ("a", {}, "'a' is no configuration: it is a tuple of tier, top_k, num_blocks"),
+        (("low", 4), {}, "is no configuration"),
+        (("low\ud800", 4, 12), {}, "is no configuration"),
+        (("low", 2**63, 12), {}, "is no configuration"),
+    ],
+)
+def test_what_could_not_be_stored_is_refused_before_it_is_timed(
+    key: Any, options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with lutest.Recorder(tmp_path, model="m") as recorder:
+        with pytest.raises(lutest.ArgumentError, match=said), recorder.run(key, **{"prompt_tokens": 5, **options}):
+            pytest.fail("timed")
+        timed(recorder, ("low", 4, 12), prompt_tokens=5)
+    with lutest.Recorder(tmp_path, model="m") as again:  # nothing stands in the way
+        assert again.plan([("low", 4, 12)], 2) == [(("low", 4, 12), 1)]
+
+
+def test_numbers_of_numpy_are_recorded(tmp_path: Path) -> None:
+    with lutest.Recorder(tmp_path, model="m", runs_per_shard=2) as recorder:
+        for number in range(3):
+            key = ("low", np.int64(4), np.float64(12.0))
+            timed(recorder, key, sample_id=np.int32(number), prompt_tokens=np.int64(5), text_tokens=np.int64(2))
+    runs = duckdb.read_parquet(str(tmp_path / "*.parquet")).fetchall()
+    assert len(runs) == 3

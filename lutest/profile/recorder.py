@@ -17,12 +17,15 @@ from typing import Any, TypeVar
 
 from lutest.profile.machine import Clock, clock_record, device_name, make_clock, software
 from lutest.profile.shards import RunStore
+from lutest.reader.arguments import whole_number
 from lutest.reader.errors import ArgumentError
 from lutest.reader.figures import Key
 
 _OVERHEAD_ROUNDS = 21
 _OVERHEAD_STEPS = 200
 
+_LENGTHS = ("prompt_tokens", "vision_tokens", "text_tokens")
+_MOST_TOKENS = 2**31 - 1
 _PAUSE, _VISION, _PREFILL, _STEP = range(4)
 
 _Key = TypeVar("_Key", bound=Key)
@@ -257,7 +260,7 @@ class Recorder:
             Of the random order; the same seed gives the same order.
         """
         for key in keys:
-            self._store.check_key(key)
+            self._store.checked_key(key)
         runs = interleave(keys, runs_per_key, seed)
         return [(key, sample_id) for key, sample_id in runs if (*key, sample_id) not in self._store.recorded]
 
@@ -289,16 +292,19 @@ class Recorder:
         Raises
         ------
         ArgumentError
-            The key is none, the run is there already, its stages overlap, or its length is missing.
+            The key, `sample_id` or a length is none that could be stored (before anything is timed), the run is there
+            already, its stages overlap, or its length is missing.
         """
-        self._store.check_key(key)
+        key = self._store.checked_key(key)
         if not warmup:
             sample_id = self._free_sample_id(key, sample_id)
         run = Run(self._clock, warmup=warmup)
         run.prompt_tokens, run.vision_tokens, run.text_tokens = prompt_tokens, vision_tokens, text_tokens
+        _set_plain(run)
         started_at = _now()
         yield run
         times = run.finish()
+        _set_plain(run)
         if run.prompt_tokens is None:
             if run.vision_tokens is None or run.text_tokens is None:
                 raise ArgumentError("a run needs prompt_tokens, or vision_tokens and text_tokens")
@@ -306,12 +312,11 @@ class Recorder:
         if warmup:
             self.n_warmup += 1
             return
-        lengths = ("prompt_tokens", "vision_tokens", "text_tokens", "ends_with_eos")
         self._store.append(
             {
                 "sample_id": sample_id,
                 **dict(zip(self._store.key_columns, key, strict=True)),
-                **{name: getattr(run, name) for name in lengths},
+                **{name: getattr(run, name) for name in (*_LENGTHS, "ends_with_eos")},
                 "output_tokens": len(times.decode_steps_ms) + 1,
                 **vars(times),
                 "decode_ms": round(sum(times.decode_steps_ms), 6),
@@ -337,9 +342,18 @@ class Recorder:
     def _free_sample_id(self, key: Key, sample_id: int | None) -> int:
         if sample_id is None:
             return 1 + max((int(run[-1]) for run in self._store.recorded if run[:-1] == key), default=-1)
+        sample_id = whole_number("sample_id", sample_id, 0)
         if (*key, sample_id) in self._store.recorded:
             raise ArgumentError(f"sample_id {sample_id} of {key} is recorded already; take runs from `plan`")
         return sample_id
+
+
+def _set_plain(run: Run) -> None:
+    """Make what was set on a run storable; ArgumentError where it is not."""
+    for name in _LENGTHS:
+        value = getattr(run, name)
+        setattr(run, name, None if value is None else whole_number(name, value, 0, _MOST_TOKENS))
+    run.ends_with_eos = None if run.ends_with_eos is None else bool(run.ends_with_eos)
 
 
 def interleave(keys: Sequence[_Key], runs_per_key: int, seed: int) -> Iterator[tuple[_Key, int]]:

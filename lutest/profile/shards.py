@@ -89,15 +89,23 @@ class RunStore:
             self._recover()
             self._held = held.pop_all()
 
-    def check_key(self, key: Key) -> None:
-        """Refuse what is no configuration, or is a text where the runs before it have a number."""
-        if not isinstance(key, tuple) or len(key) != len(self.key_columns) or not all(map(_is_value, key)):
+    def checked_key(self, key: Key) -> Key:
+        """The configuration in plain values.
+
+        Raises
+        ------
+        ArgumentError
+            It is none, cannot be stored, or is a text where the runs before it have a number.
+        """
+        plain = tuple(map(_plain, key)) if isinstance(key, tuple) else ()
+        if len(plain) != len(self.key_columns) or not all(map(_is_value, plain)):
             raise ArgumentError(
                 f"{key!r} is no configuration: it is a tuple of {', '.join(self.key_columns)}, each a text or a number"
             )
-        for name, value, held in zip(self.key_columns, key, next(iter(self.recorded), key), strict=False):
+        for name, value, held in zip(self.key_columns, plain, next(iter(self.recorded), plain), strict=False):
             if isinstance(value, str) is not isinstance(held, str):
                 raise ArgumentError(f"{name} is {value!r}, and {held!r} in another run: give texts only, or numbers")
+        return plain
 
     def begin_session(self, session: Mapping[str, object]) -> None:
         """Add the record of a session to the manifest."""
@@ -237,10 +245,17 @@ def _read_journal(path: Path) -> list[dict[str, Any]]:
     return runs
 
 
+def _plain(value: Any) -> Any:
+    """A number of NumPy as one of Python's."""
+    return value if isinstance(value, (str, bytes)) or not hasattr(value, "item") else value.item()
+
+
 def _is_value(value: object) -> bool:
     if isinstance(value, str):
-        return bool(value)
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return value.isprintable() and bool(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
 
 
 def _stored_type(values: Sequence[object]) -> str:

@@ -40,15 +40,15 @@ def real_number(value: object) -> float:
         return math.nan
 
 
-def whole_number(name: str, value: object, least: int) -> int:
-    """The argument as an int; ArgumentError unless it is a whole number from `least` to MAX_TOKENS."""
+def whole_number(name: str, value: object, least: int, most: int = MAX_TOKENS) -> int:
+    """The argument as an int; ArgumentError unless it is a whole number from `least` to `most`."""
     try:
         number = operator.index(cast(SupportsIndex, value))
     except TypeError:
         real = real_number(value)
         number = int(real) if real.is_integer() else -1
-    if not least <= number <= MAX_TOKENS:
-        raise ArgumentError(f"{name} is {value!r}; allowed: a whole number from {least} to {MAX_TOKENS}")
+    if not least <= number <= most:
+        raise ArgumentError(f"{name} is {value!r}; allowed: a whole number from {least} to {most}")
     return number
 
 

@@ -127,8 +127,9 @@ def _unit(what: str, ms: float, limits_ms: tuple[float, float]) -> Iterator[str]
     if _SEEN_MS[0] <= ms <= _SEEN_MS[1]:
         return
     units = {unit: ms * factor for unit, factor in TIME_UNITS_MS.items()}
-    meant = next((unit for unit, held in units.items() if _SEEN_MS[0] <= held <= _SEEN_MS[1]), "s, us or ns")
-    said = f"{what} takes {ms:.3g} ms at the median: if times are in {meant}, say so, `--set time_unit={meant}`"
+    meant = next((unit for unit, held in units.items() if _SEEN_MS[0] <= held <= _SEEN_MS[1]), None)
+    unit = f"if times are in {meant}, say so" if meant else "say which unit times are in (s, ms, us, ns)"
+    said = f"{what} takes {ms:.3g} ms at the median: {unit}, `--set time_unit={meant or 's'}`"
     if limits_ms[0] <= ms <= limits_ms[1]:
         warnings.warn(said, LutestWarning, stacklevel=5)
     else:
