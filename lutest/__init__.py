@@ -37,12 +37,17 @@ if TYPE_CHECKING:
     from lutest.profile.generate import record_generate as record_generate
     from lutest.profile.recorder import Recorder as Recorder
     from lutest.reward.latency import LatencyReward as LatencyReward
+    from lutest.reward.openenv import OpenEnvReward as OpenEnvReward
     from lutest.reward.openrlhf import OpenRLHFReward as OpenRLHFReward
     from lutest.reward.outcome import LatencyOutcome as LatencyOutcome
     from lutest.reward.rollout import Columns as Columns
+    from lutest.reward.skyrl import SkyRLReward as SkyRLReward
+    from lutest.reward.slime import SlimeReward as SlimeReward
+    from lutest.reward.swift import SwiftReward as SwiftReward
     from lutest.reward.terms import Weights as Weights
     from lutest.reward.terms import tensor_reward as tensor_reward
     from lutest.reward.trl import TRLReward as TRLReward
+    from lutest.reward.verifiers import VerifiersReward as VerifiersReward
     from lutest.reward.verl import VerlReward as VerlReward
     from lutest.runs.convert import convert as convert
     from lutest.tablefile.export import export as export
@@ -69,6 +74,7 @@ __all__ = [
     "TRLReward",
     "TableError",
     "UnknownKeyError",
+    "VerifiersReward",
     "VerlReward",
     "Weights",
     "__version__",
@@ -100,6 +106,11 @@ _ON_FIRST_USE = {
     "OpenRLHFReward": "lutest.reward.openrlhf",
     "Recorder": "lutest.profile.recorder",
     "TRLReward": "lutest.reward.trl",
+    "VerifiersReward": "lutest.reward.verifiers",
+    "OpenEnvReward": "lutest.reward.openenv",
+    "SkyRLReward": "lutest.reward.skyrl",
+    "SwiftReward": "lutest.reward.swift",
+    "SlimeReward": "lutest.reward.slime",
     "VerlReward": "lutest.reward.verl",
     "Weights": "lutest.reward.terms",
     "build": "lutest.builder.build",

@@ -188,12 +188,20 @@ def lookup(*key: Any, **named: Any) -> Entry:
         return _current_entries[key]
     except (KeyError, TypeError):
         pass
-    table = _current
-    if table is None:
-        path = os.environ.get("LUTEST_TABLE")
-        if not path:
-            raise TableError(
-                "no table to look up in: call lutest.use(path) or set $LUTEST_TABLE to the path of a table"
-            )
-        table = use(path)
-    return table.lookup(*key, **named)
+    return chosen_table().lookup(*key, **named)
+
+
+def chosen_table() -> LatencyTable | ReloadingTable:
+    """The table of `use`, or else the one that $LUTEST_TABLE names.
+
+    Raises
+    ------
+    TableError
+        Neither is set, or the table cannot be read.
+    """
+    if _current is not None:
+        return _current
+    path = os.environ.get("LUTEST_TABLE")
+    if not path:
+        raise TableError("no table to look up in: call lutest.use(path) or set $LUTEST_TABLE to the path of a table")
+    return use(path)

@@ -52,6 +52,11 @@ class LatencyOutcome(NamedTuple):
         return self.decided_by == "unknown"
 
 
+def reward_of(outcome: LatencyOutcome | None) -> float:
+    """The reward, for trainers that take no None: 0 for a rollout without a configuration."""
+    return 0.0 if outcome is None else outcome.reward
+
+
 def trainer_figures(outcome: LatencyOutcome | None) -> dict[str, float | None]:
     """What trainers log of an outcome, None where there is no figure."""
     if outcome is None:

@@ -81,6 +81,14 @@ def column_rows(columns: Mapping[str, object], names: Iterable[str], count: int)
     return [{name: values[i] for name, values in held.items()} for i in range(count)]
 
 
+def held_by(*things: object) -> dict[str, object]:
+    """A row of what mappings hold, and what objects have as attributes; the earlier ones come first."""
+    row: dict[str, object] = {}
+    for thing in reversed(things):
+        row |= thing if isinstance(thing, Mapping) else getattr(thing, "__dict__", {})
+    return row
+
+
 def refuse_misspelt(given: Iterable[str], required: Iterable[str], optional: Iterable[str]) -> None:
     """Refuse a data set without a column that is needed, or with one that is hardly other than one that is read.
 
