@@ -187,6 +187,16 @@ def test_missing_columns_are_all_named_with_the_line_that_maps_them(
     assert f"columns={{tier: FIELD, {mapped}}}" in err
 
 
+def test_diagnose_says_nothing_of_runs_that_cannot_be_used(
+    direct_frame: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    direct_frame.head(40).assign(output_tokens=0).to_json(tmp_path / "runs.jsonl", orient="records", lines=True)
+    status, out, _ = run(capsys, "diagnose", tmp_path / "runs.jsonl")
+    assert status == 1
+    assert "40 of 40 runs (100 %) no build can use: 40 no_output_tokens" in " ".join(out.split())
+    assert " ok " not in out
+
+
 def test_runs_stand_first(logs: pd.DataFrame, tmp_path: Path) -> None:
     named = logs.rename(columns={field: name for name, field in LOGS.items()})
     few = named[(named["tier"] == "low") & (named["num_blocks"] == 16)]

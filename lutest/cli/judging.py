@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lutest.judging.evaluate import Evaluation, Score
 
 _WIDTH = 110
+_UNUSABLE = 1
 _SLOWER = 1  # exit code
 _MOST_LINES = 20
 
@@ -36,11 +37,12 @@ def evaluate(arguments: argparse.Namespace) -> Answer:
 
 @verb("lutest diagnose results/", add_runs, JSON)
 def diagnose(arguments: argparse.Namespace) -> Answer:
-    """Say what is wrong with runs before building on them."""
+    """Say what is wrong with runs before building on them; exit code 1 if no build can use any."""
     runs, config = given_runs(arguments)
     with working() as progress:
         findings = lutest.diagnose(runs, config=config, progress=progress)
-    return Answer({"findings": [finding.as_dict() for finding in findings]}, [render_findings(findings)])
+    status = _UNUSABLE if len(findings) == 1 else 0
+    return Answer({"findings": [finding.as_dict() for finding in findings]}, [render_findings(findings)], status)
 
 
 @verb(

@@ -40,7 +40,8 @@ def diagnose(
     -------
     list of Finding
         Always in this order: fencepost, kv_growth, per_token_field (one for each such field that the runs have),
-        clamped, subtraction, unaccounted_time, duplicates, outliers, trend, thin_keys, rejected_runs, clock.
+        clamped, subtraction, unaccounted_time, duplicates, outliers, trend, thin_keys, rejected_runs, clock. Of runs
+        that no build can use, only rejected_runs: nothing else is known of them.
 
     Raises
     ------
@@ -59,6 +60,8 @@ def findings_of(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) ->
         raise SourceError("the sources hold no runs at all")
     # Outliers are looked for even where the configuration would keep them.
     kept = write_accepted_runs(connection, "iqr", settings.cleaning.k)
+    if not connection.execute("SELECT 1 FROM accepted_runs LIMIT 1").fetchall():
+        return [run_checks.check_rejected(connection)]
     sample = read_step_sample(connection)
     fit = fit_steps(sample)
     return [

@@ -57,9 +57,8 @@ def _problems(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> I
     ((n_sound,),) = connection.execute("SELECT count(*) FROM runs WHERE reason IS NULL").fetchall()
     one_in = 1 + n_sound // _SAMPLED
     sample = f"(SELECT * FROM runs WHERE reason IS NULL AND ({one_in} = 1 OR hash(run_hash) % {one_in} = 0))"
-    n, prefill_ms, step_ms, n_totals, n_equal, n_beyond, n_one_pass, n_none, n_timed, n_apart, n_short = (
-        connection.execute(
-            f"""
+    n, prefill_ms, step_ms, n_totals, n_equal, n_beyond, n_one_pass, n_none, n_short = connection.execute(
+        f"""
         SELECT
             count(*), median(prefill_ms),
             median(decode_ms / (output_tokens - 1)) FILTER (decodes),
@@ -68,24 +67,17 @@ def _problems(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> I
             count(*) FILTER (totals AND prefill_ms + decode_ms > {1 + _TOLERANCE} * total_ms),
             count(*) FILTER (one_pass),
             count(*) FILTER (one_pass AND decode_ms = 0),
-            count(*) FILTER (decodes AND timed),
-            count(*) FILTER (
-                decodes AND timed
-                AND abs(decode_ms - list_sum(decode_steps_ms)) > 0.25 * decode_ms
-                AND len(decode_steps_ms) = output_tokens - 1
-            ),
             count(*) FILTER (prompt_tokens < vision_tokens + text_tokens)
         FROM (
             SELECT
                 prefill_ms, decode_ms, total_ms, prompt_tokens, vision_tokens, text_tokens, output_tokens,
-                timed, one_pass, decode_steps_ms,
+                one_pass,
                 output_tokens >= 2 AND decode_ms > 0 AS decodes,
                 output_tokens >= 2 AND total_given AND NOT one_pass AS totals
             FROM {sample}
         )
         """
-        ).fetchall()[0]
-    )
+    ).fetchall()[0]
     if not n:
         return
     if n_equal > _MOST * max(n_totals, _FEW):
@@ -106,11 +98,6 @@ def _problems(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> I
             f"prompt_tokens ({field['prompt_tokens']}) are fewer than vision and text tokens together in {n_short:,} "
             f"of {n:,} runs: prompt_tokens counts both, such as `columns: {{prompt_tokens: [{field['vision_tokens']}, "
             f"{field['text_tokens']}]}}`"
-        )
-    if n_apart > _MOST * max(n_timed, _FEW):
-        yield (
-            f"decode_ms ({field['decode_ms']}) is not the sum of decode_steps_ms in {n_apart:,} of {n_timed:,} runs: "
-            "leave decode_ms out, it is that sum"
         )
     if step_ms is not None:
         yield from _unit("a decode step", step_ms, _STEP_MS)
