@@ -24,7 +24,7 @@ _SCHEMA = """
 prefill ({key}): Prefill latency (vision + projector + LLM prefill) per configuration, all prompts together
     {key}
     n BIGINT: Accepted runs
-    {q}_ms DOUBLE: {q} of prefill_ms (Hyndman-Fan type 7)
+    {q}_ms DOUBLE: {q} of prefill_ms of the runs at hand (Hyndman-Fan type 7); curves are about runs to come
     p95_upper_ms DOUBLE: Distribution-free 95 % upper confidence bound of P95; NULL below 59 runs
     mean_ms DOUBLE: Mean of prefill_ms
     std_ms DOUBLE: Sample standard deviation of prefill_ms; NULL for one run
@@ -39,7 +39,7 @@ prefill_curve ({key}, prompt_tokens): Prefill latency over prompt length: knots 
     {key}
     prompt_tokens BIGINT: Vision + text tokens in the KV cache after prefill
     n BIGINT: Runs whose nearest knot this is
-    {q}_ms DOUBLE: {q} of prefill_ms at this prompt length
+    {q}_ms DOUBLE: {q} of prefill_ms at this prompt length, of runs to come
     {q}_se_ms DOUBLE: Standard error of {q}_ms; NULL where runs are too few to tell, or carried over from another device
     n_eff DOUBLE: Effective number of independent runs of the configuration behind its curve
     source VARCHAR: measured: runs stand at this place; interpolated: between such places; extrapolated: beyond them;
@@ -50,7 +50,8 @@ decode ({key}): Latency of one decode step per configuration, all KV lengths tog
     n_steps BIGINT: Their decode steps, output_tokens - 1 each
     n_clamped BIGINT: Runs among n whose decode_ms was clamped at zero
     {q}_ms DOUBLE: {q} of a decode step; over timed steps where there are any, else over the fitted curve
-    p95_upper_ms DOUBLE: Distribution-free 95 % upper confidence bound of P95; NULL below 59 runs with timed steps
+    p95_upper_ms DOUBLE: Upper 95 % confidence bound of P95, with the rank that one step a run would give, as the steps
+        of a run depend on each other; NULL below 59 runs with timed steps
     mean_ms DOUBLE: Mean of a timed decode step; without timed steps, all decode time over all steps, p50_ms if all of
         that was clamped at zero
     std_ms DOUBLE: Sample standard deviation of a timed decode step; NULL without timed steps
@@ -59,7 +60,7 @@ decode_curve ({key}, kv_len): Latency of a decode step over KV length: knots of 
     {key}
     kv_len BIGINT: KV length that the step attends over: prompt_tokens + i for step i
     n BIGINT: Decode steps whose nearest knot this is
-    {q}_ms DOUBLE: {q} of the step at this KV length
+    {q}_ms DOUBLE: {q} of the step at this KV length, of runs to come
     {q}_se_ms DOUBLE: Standard error of {q}_ms; NULL where runs are too few to tell, or carried over from another device
     n_eff DOUBLE: Effective number of independent steps of the configuration behind its curve: those of a run resemble
         each other; without timed steps, runs that tell something of them
