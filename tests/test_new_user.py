@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any, cast
 
@@ -313,3 +314,42 @@ def test_numbers_of_numpy_are_recorded(tmp_path: Path) -> None:
             timed(recorder, key, sample_id=np.int32(number), prompt_tokens=np.int64(5), text_tokens=np.int64(2))
     runs = duckdb.read_parquet(str(tmp_path / "*.parquet")).fetchall()
     assert len(runs) == 3
+
+
+def test_runs_where_a_table_is_wanted_are_called_so(
+    direct_runs: Path, direct_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs.csv").write_text("tier,top_k\nlow,4\n")
+    with pytest.raises(lutest.TableError, match=r"logs\.csv: runs, not a table; `lutest build "):
+        lutest.load(tmp_path / "logs.csv")
+    assert "runs, not a table" in run(capsys, "info", direct_runs)[2]
+    assert "the table stands first" in run(capsys, "check", direct_runs, direct_table)[2]
+    lutest.export(direct_table, tmp_path / "t.json")
+    for verb in (("info",), ("sql", "SELECT 1")):
+        status, _, err = run(capsys, verb[0], tmp_path / "t.json", *verb[1:])
+        assert status == 2
+        assert "`lutest lookup` and `lutest feasible` read it" in err
+    status, out, _ = run(capsys, "feasible", tmp_path / "t.json", 1500, "--text-tokens", 40)
+    assert status == 0
+    assert "27" in out
+
+
+def test_a_key_of_too_few_values_shows_a_whole_one(table: lutest.LatencyTable) -> None:
+    for finds in (table, lutest.OnlineCalibrator(table)):
+        with pytest.raises(lutest.ArgumentError, match=r"tier, top_k, num_blocks, such as 'high', 4, 12"):
+            cast(Any, finds)["low"]
+
+
+def test_the_command_says_its_version_and_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"lutest {lutest.__version__}\n", "")
+    status, _, err = run(capsys, "biuld", "x")
+    assert status == 2
+    assert "did you mean `lutest build`?" in err
+    status, _, err = run(capsys, "build", "--outptu", "x")
+    assert status == 2
+    assert "see `lutest build --help`" in err
+
+
+def test_a_table_pickles_to_no_more_than_its_file(table: lutest.LatencyTable, direct_table: Path) -> None:
+    assert table.batch.total_ms(0, 150, 8, q=0.95) > 0.0  # what it keeps for speed stays here
+    assert len(pickle.dumps(table)) < direct_table.stat().st_size

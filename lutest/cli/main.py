@@ -8,11 +8,13 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import NoReturn
 
 from lutest.cli import building, calibrating, drawing, judging, reading
 from lutest.cli.arguments import Verb
 from lutest.cli.printing import one_line, print_json
+from lutest.reader import __version__
 from lutest.reader.errors import LutestError, LutestWarning
 
 VERBS = {
@@ -49,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names and signs that the terminal cannot show
     given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["--version"]:
+        print(f"lutest {__version__}")
+        return 0
+    if given and given[0] not in VERBS and not given[0].startswith("-"):
+        near = get_close_matches(given[0], VERBS, n=1, cutoff=0.5)
+        meant = f"did you mean `lutest {near[0]}`?" if near else f"there are {', '.join(VERBS)}"
+        return _report_error(f"no command {given[0]!r}; {meant} (see `lutest --help`)")
     verb = VERBS[_parser().parse_args(given[:1]).command]
     arguments = _parser_of(verb).parse_intermixed_args(given[1:])  # options may stand between runs
     try:

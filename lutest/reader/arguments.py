@@ -86,7 +86,10 @@ def named_key(figures: Figures, values: Sequence[Any], named: Mapping[str, Any])
         A category that the table does not hold, or something else than a finite number.
     """
     columns = figures.key_columns
-    given = key_values(columns, values, named)
+    try:
+        given = key_values(columns, values, named)
+    except ArgumentError as error:
+        raise ArgumentError(f"{error}, such as {', '.join(map(repr, figures.keys[0].key))}") from None
     return tuple(_key_value(figures, place, column, given[place]) for place, column in enumerate(columns))
 
 

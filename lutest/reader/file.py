@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from lutest.reader.checked_figures import Row, check_figures
 from lutest.reader.errors import TableError
 from lutest.reader.figures import Figures
-from lutest.reader.names import REBUILD, quote
+from lutest.reader.names import REBUILD, quote, refuse_other_files
 from lutest.reader.seal import check_seal
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def read_figures(path: str | os.PathLike[str]) -> Figures:
         return _read_export(name)
     if os.path.getsize(name) <= _SEAL_CHECKED_BYTES:
         check_seal(name, required=False)
+    refuse_other_files(name)
     import duckdb  # here, so that nothing but reading a file needs DuckDB
 
     try:

@@ -48,6 +48,12 @@ def load(
     ------
     TableError
         No such file, not a table, of another version, or damaged. `lutest.verify` checks a file as a whole.
+
+    Examples
+    --------
+    >>> table = lutest.load("tables/mine.duckdb")  # doctest: +SKIP
+    >>> table["low", 8, 16].total_ms(prompt_tokens=150, output_tokens=32, q=0.95)  # doctest: +SKIP
+    >>> table.feasible(1500, text_tokens=40, output_tokens=16)  # doctest: +SKIP
     """
     if reload:
         return ReloadingTable(path, missing)

@@ -38,6 +38,31 @@ def literal(text: object) -> str:
     return "'" + str(text).replace("'", "''") + "'"
 
 
+def refuse_other_files(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that is no DuckDB file, before DuckDB says so in its own words.
+
+    Raises
+    ------
+    TableError
+        Runs, or an export, where a table file is wanted, or something else.
+    """
+    name = os.fspath(path)
+    with open(name, "rb") as file:
+        if file.read(12)[8:] == b"DUCK":
+            return
+    if name.lower().endswith(".json"):
+        raise TableError(
+            f"{name}: no table file; if it is an export, `lutest.load`, `lutest lookup` and `lutest feasible` read it, "
+            "and what else there is to know is in the table that it was exported from"
+        )
+    if name.lower().endswith((".csv", ".parquet", ".jsonl", ".ndjson", ".gz")):
+        raise TableError(
+            f"{name}: runs, not a table; `lutest build {name} -o table.duckdb` makes a table of them, and where both "
+            "are given the table stands first"
+        )
+    raise TableError(f"{name}: not a DuckDB file, so it is no table; build one with `lutest build`")
+
+
 def refuse_unfinished(path: str | os.PathLike[str]) -> None:
     """Refuse names that are no table's, whatever they hold.
 

@@ -201,6 +201,11 @@ def feasible(
     ArgumentError
         Also where `p_at_least`, `by` and `q` or `output_tokens` stand beside each other, and where a mapping of
         prompt lengths misses a measured value.
+
+    Examples
+    --------
+    >>> table.feasible(1500, text_tokens=40, output_tokens=16)  # doctest: +SKIP
+    >>> table.feasible(1500, prompt_tokens={"low": 150, "high": 510}, p_at_least=0.9)  # doctest: +SKIP
     """
     asked = _Asked(table, prompt_tokens, text_tokens, output_tokens, q, p_at_least, by, workload)
     return list(asked.latencies(*_checked_budget(budget_ms, prefill_share, margin)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lutest.reader.errors import ArgumentError, LutestError, TableError
-from lutest.reader.names import refuse_unfinished
+from lutest.reader.names import refuse_other_files, refuse_unfinished
 
 if TYPE_CHECKING:
     import duckdb
@@ -66,6 +66,7 @@ def connect(
     if not path.is_file():
         reason = "is a folder, not a table file" if path.is_dir() else "no such table; build one with `lutest build`"
         raise TableError(f"{path}: {reason}")
+    refuse_other_files(path)
     # A name in a query stands for a table of the file, never for a variable of the Python program around it.
     config: dict[str, str | bool | int | float | list[str]] = {"python_enable_replacements": "false"}
     if memory_limit is not None:

@@ -66,8 +66,8 @@ def test_what_is_not_a_table(tmp_path: Path) -> None:
     for path, said in (
         (tmp_path / "none.duckdb", "no such table file; build one with `lutest build`"),
         (tmp_path, "is a folder"),
-        (empty, "not a valid DuckDB database file"),
-        (text, "not a valid DuckDB database file"),
+        (empty, "not a DuckDB file, so it is no table"),
+        (text, "not a DuckDB file, so it is no table"),
         (plain, "not a latency table"),
         (half, ""),
     ):
