@@ -19,6 +19,7 @@ from lutest.builder.aggregate import write_aggregates
 from lutest.builder.clean import write_accepted_runs
 from lutest.builder.fit import FitInput, fit, upper_rank
 from lutest.builder.machines import find_mixed, refuse_mixed
+from lutest.builder.sessions import session_differences
 from lutest.reader.errors import BuildError, ConfigError
 from lutest.reader.figures import KeyColumn
 from lutest.reader.file import read_figures
@@ -325,6 +326,7 @@ def _meta(connection: duckdb.DuckDBPyConnection, settings: BuildConfig, fit_seco
         "model": distinct("model"),
         "build_config": json.dumps(described),
         "fit_seconds": f"{fit_seconds:.3f}",
+        "sessions": json.dumps(session_differences(connection)),
     }
 
 

@@ -86,7 +86,7 @@ def check(
             SELECT key_id, prompt_tokens, output_tokens, prefill_ms, decode_ms, total_ms
             FROM matched_runs
             WHERE NOT list_contains($own::VARCHAR[], left(run_hash, $length))
-            ORDER BY source_id, "row"
+            ORDER BY started_ms, source_id, "row"
             """,
             {"own": own_run_hashes(held.meta), "length": HASH_LENGTH},
         ).fetchnumpy()

@@ -42,6 +42,7 @@ def info(arguments: argparse.Namespace) -> Answer:
         "content hash": meta.get("content_hash"),
         "calibrated": parent and f"with {count(n_runs, 'run')} from the table {parent}",
         "quantiles": ", ".join(map(str, table.quantiles)),
+        "sessions": _sessions(json.loads(meta.get("sessions", "{}"))),
         **{f"key: {name}": _values(table, place) for place, name in enumerate(table.key_columns)},
         "sources": f"{count(len(sources), 'file')}: {count_runs(sources)}",
         "rejected": ", ".join(f"{n:,} {reason}" for reason, n in rejected.items()) or "none",
@@ -55,6 +56,19 @@ def info(arguments: argparse.Namespace) -> Answer:
         name = " ".join(str(key[part]) for part in table.key_columns)
         lines.append(f"  {one_line(name)}: {count(key['n'], 'run')}, {key['runs_wanted']} more wanted")
     return Answer(held, lines)
+
+
+def _sessions(told: Mapping[str, Any]) -> str:
+    """What a profiling session more would add to a P95."""
+    if "n" not in told:
+        return ""
+    if not told["n"]:
+        return "not known, for runs do not say when they started: what a later one adds to a P95 neither"
+    stages = {name.replace("_", " "): held for name, held in told.items() if isinstance(held, Mapping)}
+    if not stages:
+        return f"{told['n']}, none with enough runs of what others have: what one more adds to a P95 is not known"
+    factors = ", ".join(f"{name} x {held['p95_factor']:.2f}" for name, held in stages.items())
+    return f"{told['n']}; beside these figures, P95 of a later one may be up to: {factors}"
 
 
 def _values(table: LatencyTable, place: int) -> str:

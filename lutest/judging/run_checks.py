@@ -147,8 +147,9 @@ def check_trend(connection: duckdb.DuckDBPyConnection) -> Finding:
 
     Notes
     -----
-    The order is that of numeric sample ids within a source, workload and configuration, else that of rows. Latencies
-    are taken as logarithms, less the median of their configuration and a resistant line over length (Tukey, 1977).
+    The order is that of start times, else of numeric sample ids, within a source, workload and configuration, else that
+    of rows. Latencies are taken as logarithms, less the median of their configuration and a resistant line over length
+    (Tukey, 1977).
     The trend is the Theil–Sen slope with its 95 % interval (P. K. Sen, JASA 63, 1968), beside Spearman's rank
     correlation.
     """
@@ -260,6 +261,7 @@ def _in_order(connection: duckdb.DuckDBPyConnection, value: str, length: str, co
                 ln({value}) AS y,
                 count(*) OVER sequence AS n,
                 CASE
+                    WHEN count(started_ms) OVER sequence = count(*) OVER sequence THEN started_ms
                     WHEN count(TRY_CAST(sample_id AS DOUBLE)) OVER sequence = count(*) OVER sequence
                     THEN TRY_CAST(sample_id AS DOUBLE) ELSE "row"
                 END AS place

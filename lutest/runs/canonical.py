@@ -20,6 +20,11 @@ TICKS_MS = (1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # that clocks, an
 _TIMES = ("prefill_ms", "decode_ms", "total_ms")
 _TOKENS = ("prompt_tokens", "output_tokens", "vision_tokens", "text_tokens")
 _NUMBERS = (*_TOKENS, *_TIMES, "accuracy")
+# Seconds or milliseconds of the epoch, or a date and time; what is neither is not known.
+_STARTED_MS = """coalesce(
+    TRY_CAST(started_text AS DOUBLE) * CASE WHEN abs(TRY_CAST(started_text AS DOUBLE)) < 1e11 THEN 1e3 ELSE 1 END,
+    epoch_ms(TRY_CAST(started_text AS TIMESTAMP))
+)::DOUBLE"""
 _REQUIRED = ("prompt_tokens", "output_tokens", "prefill_ms")
 _TEXTS = ("workload", "sample_id", "device", "model")
 
@@ -64,6 +69,8 @@ def write_runs(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> 
     kept = [f"{_key_value(column)} AS {quote(column.name)}" for column in key]
     kept += [f"{_text(name)} AS {name}" for name in _TEXTS if name not in names]
     kept += [f"TRY_CAST({_value(name)} AS BIGINT) AS {name}" for name in _TOKENS if name not in names]
+    kept.append(f"{_STARTED_MS} AS started_ms")
+    read.append(f"{column_text(columns['started_ms'])} AS started_text")
     hashed = [_value(name) if kind == "number" else f"length({_text(name)}), {_text(name)}" for name, kind, _ in key]
     _write_ticks(connection, columns, unit)
     connection.execute(

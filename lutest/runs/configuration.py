@@ -61,6 +61,7 @@ _COLUMNS: dict[str, ColumnRule] = {
         "total_ms": (("total_ms",), ("T_total",)),
         "workload": (("workload",), ("dataset",)),
         "sample_id": (("sample_id",),),
+        "started_ms": (("started_ms",), ("started_at",), ("start_timestamp",)),
         "accuracy": (("accuracy",),),
         "vision_tokens": (("vision_tokens",), ("actual_vision_tokens",)),
         "text_tokens": (("text_tokens",), ("actual_text_tokens",)),
@@ -71,7 +72,10 @@ _COLUMNS: dict[str, ColumnRule] = {
 _KEY_COLUMNS = {"num_blocks": ColumnRule((("num_active_blocks",), ("num_blocks",)))}  # others: the field of their name
 _SUMMABLE = ("prompt_tokens", "output_tokens", "prefill_ms", "decode_ms", "total_ms", "vision_tokens", "text_tokens")
 # columns of the runs as they are read, beside those of a table's file
-_OWN_NAMES = ("decode_steps_ms", "key_id", "timed", "clamped", "one_pass", "total_given", "step_positions", "run_hash")
+_OWN_NAMES = (
+    *("decode_steps_ms", "started_ms", "key_id", "timed", "clamped"),
+    *("one_pass", "total_given", "step_positions", "run_hash"),
+)
 
 
 # the first of them on purpose, the others where a tag does not fit its value

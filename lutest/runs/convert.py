@@ -36,6 +36,7 @@ _COLUMNS = {
     "decode_steps_ms": "decode_steps_ms",
     "total_ms": "CASE WHEN total_given THEN total_ms END",
     "accuracy": "accuracy",
+    "started_ms": "started_ms",
     "device": "device",
     "model": "model",
 }

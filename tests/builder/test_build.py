@@ -223,6 +223,28 @@ def test_clamped_zeros_are_kept_and_counted(tmp_path: Path) -> None:
     assert "outlier" not in summary.rejected
 
 
+def test_what_sessions_differ_by_stands_beside_p95(tmp_path: Path) -> None:
+    chance = np.random.default_rng(12)
+    runs = noisy_runs(runs_per_key=96, seed=3)
+    session = np.arange(len(runs)) % 8
+    level = np.exp(0.1 * chance.normal(size=8))[session]
+    started = 1.7e12 + 86_400e3 * session + 1e3 * np.arange(len(runs))
+    one = build(runs=runs.assign(started_ms=1.7e12 + 1e3 * np.arange(len(runs))), output=tmp_path / "one.duckdb")
+    days = runs.assign(started_ms=started, prefill_ms=level * runs["prefill_ms"])
+    several = build(runs=days, output=tmp_path / "several.duckdb")
+    dated = days.assign(started_at=pd.to_datetime(started, unit="ms").astype(str)).drop(columns="started_ms")
+    same = build(runs=dated, output=tmp_path / "dated.duckdb")
+    alone, many, again = (json.loads(lutest.load(built.output).meta["sessions"]) for built in (one, several, same))
+    assert again == many
+    assert alone == {"n": 1, "prefill": None, "decode_step": None}
+    assert many["n"] == 8
+    assert 0.05 < many["prefill"]["deviation"] < 0.2
+    assert 1.1 < many["prefill"]["p95_factor"] < 1.5
+    assert many["decode_step"]["p95_factor"] < 1.05
+    unknown = build(runs=runs, output=tmp_path / "unknown.duckdb").output
+    assert json.loads(lutest.load(unknown).meta["sessions"])["n"] == 0
+
+
 class TestDuplicates:
     """A run counts once, however often it lies in the folder."""
 
