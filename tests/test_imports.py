@@ -85,6 +85,7 @@ def test_the_facade_is_pinned() -> None:
         "TRLReward",
         "TableError",
         "UnknownKeyError",
+        "VerifiersReward",
         "VerlReward",
         "Weights",
         "__version__",

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist, fmean
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
 
 from lutest.reader.entry import Entry
 from lutest.reader.errors import ArgumentError
 from lutest.reader.figures import Key, described_key
+from lutest.reader.file import EXPORT_ENDING
 from lutest.reader.loading import load
+from lutest.reader.names import quote
 from lutest.reader.table import LatencyTable
+from lutest.tablefile.sql import connect, database_errors
 
 TOLERANCE = 0.05
 LEVELS = (0.5, 0.95)  # quantiles that are compared
@@ -101,9 +107,18 @@ class Diff:
         }
 
 
+# part → knots: a length, and the relative standard error of each of the levels, None where it is not known
+_Errors: TypeAlias = dict[str, list[tuple[Any, ...]]]
+_PARTS = {  # part → table, length, unit
+    "prefill": ("prefill_curve", "prompt_tokens", "ms"),
+    "decode step": ("decode_curve", "kv_len", "ms"),
+    "ratio": ("decode_total", "decode_steps", "ratio"),
+}
+
+
 @dataclass(frozen=True)
 class _Figure:
-    """A figure of both tables: log of their ratio, and its standard error."""
+    """A figure of both tables: log of their ratio, its standard error, and what its own runs alone make of that."""
 
     stage: str
     q: float
@@ -112,6 +127,7 @@ class _Figure:
     n: tuple[int, int]
     log_ratio: float
     error: float
+    alone: float
 
 
 def diff(
@@ -142,10 +158,11 @@ def diff(
 
     Notes
     -----
-    A quantile's standard error is √(q (1 - q) / n) over the density there, which is taken from the line that the
-    configuration's P50 and P95 make over normal scores (the asymptotic variance of an order statistic). That of all
-    configurations together takes these errors as independent. Intervals are Bonferroni's: with a probability of 95 % or
-    more, none is wrong.
+    Standard errors of prefill and of steps are those of the curves; of a total, those of its parts, as independent of
+    each other. Where a table holds none, that of a quantile is √(q (1 - q) / n) over the density there, which is taken
+    from the line that P50 and P95 make over normal scores (the asymptotic variance of an order statistic). For all
+    configurations together it is the latter where it is larger: what curves borrow from each other is wrong for all of
+    them. Intervals are Bonferroni's: as far as these errors are right, with a probability of 95 % none is wrong.
     """
     if not (isinstance(tolerance, int | float) and 0.0 <= tolerance < 0.5):
         raise ArgumentError(f"tolerance is {tolerance!r}; allowed: 0 or more and below 0.5")
@@ -161,7 +178,10 @@ def diff(
             f"{described_key(after.figures.key_columns, after.keys[0])}"
         )
     output = _median_length(before)
-    figures = {key: list(_figures(before[key], after[key], output)) for key in both}
+    errors = [_held_errors(table) for table in (before, after)]
+    figures = {
+        key: list(_figures((before[key], after[key]), output, [held.get(key, {}) for held in errors])) for key in both
+    }
     changes = [
         *_changes([(None, figure) for figure in _together(figures.values())], tolerance),
         *_changes([(key, figure) for key, held in figures.items() for figure in held], tolerance),
@@ -188,24 +208,65 @@ def _median_length(table: LatencyTable) -> int:
     return 2
 
 
-def _figures(old: Entry, new: Entry, output: int) -> Iterator[_Figure]:
-    prompt = old._figures.prompt_tokens_p50
-    has_decode = all(entry.decode_step_p50_ms is not None for entry in (old, new))
-    asked: list[tuple[str, Any]] = [("prefill", lambda entry, q: entry.prefill_ms(prompt, q))]
-    if has_decode:
-        asked.append(("decode step", lambda entry, q: entry.decode_step_ms(prompt + output // 2, q)))
-        asked.append(("total", lambda entry, q: entry.total_ms(prompt, output, q)))
-    for stage, ask in asked:
-        for q in LEVELS:
-            ms = ask(old, q), ask(new, q)
-            if min(ms) > 0.0:
-                n = tuple(_runs(entry, stage) for entry in (old, new))
-                errors = [
-                    _standard_error(ask(entry, 0.5), ask(entry, 0.95), q, runs) / at
-                    for entry, at, runs in zip((old, new), ms, n, strict=True)
-                ]
-                log_ratio = math.log(ms[1] / ms[0])
-                yield _Figure(stage, q, (prompt, output), ms, (n[0], n[1]), log_ratio, math.hypot(*errors))
+def _held_errors(table: LatencyTable) -> dict[Key, _Errors]:
+    """Relative standard errors that a table's file holds; of a table in memory, none."""
+    found: dict[Key, _Errors] = {}
+    if not Path(table.path).is_file() or table.path.lower().endswith(EXPORT_ENDING):
+        return found
+    key, width = ", ".join(map(quote, table.key_columns)), len(table.key_columns)
+    with connect(table.path) as connection, database_errors(f"{table.path}: cannot be read as a latency table: "):
+        for part, (name, at, unit) in _PARTS.items():
+            errors = ", ".join(f"p{100 * q:g}_se_{unit} / nullif(p{100 * q:g}_{unit}, 0)" for q in LEVELS)
+            rows = connection.execute(f"SELECT {key}, {at}, {errors} FROM {name} ORDER BY {key}, {at}").fetchall()
+            for row in rows:
+                found.setdefault(row[:width], {}).setdefault(part, []).append(row[width:])
+    return found
+
+
+def _figures(entries: tuple[Entry, Entry], output: int, errors: Sequence[_Errors]) -> Iterator[_Figure]:
+    prompt = entries[0]._figures.prompt_tokens_p50
+    kv_len = prompt + output // 2
+    asked: dict[str, Callable[[Entry, float], float]] = {"prefill": lambda entry, q: entry.prefill_ms(prompt, q)}
+    if all(entry.decode_step_p50_ms is not None for entry in entries):
+        asked["decode step"] = lambda entry, q: entry.decode_step_ms(kv_len, q)
+        asked["total"] = lambda entry, q: entry.total_ms(prompt, output, q)
+    for stage, ask in asked.items():
+        for place, q in enumerate(LEVELS):
+            ms = [ask(entry, q) for entry in entries]
+            if min(ms) <= 0.0:
+                continue
+            n, relative, alone = [], [], []
+            for entry, held, value in zip(entries, errors, ms, strict=True):
+                n.append(_runs(entry, stage))
+                alone.append(_standard_error(ask(entry, 0.5), ask(entry, 0.95), q, n[-1]) / value)
+                error = _held_error(entry, held, stage, place, (prompt, kv_len, output - 1))
+                relative.append(alone[-1] if error is None else error)
+            errors_of = math.hypot(*relative), math.hypot(*alone)
+            yield _Figure(stage, q, (prompt, output), (ms[0], ms[1]), (n[0], n[1]), math.log(ms[1] / ms[0]), *errors_of)
+
+
+def _held_error(entry: Entry, held: _Errors, stage: str, place: int, lengths: tuple[int, int, int]) -> float | None:
+    """Relative standard error at a place of the levels, from those of the curves; None where one is not known."""
+    parts = dict(zip(_PARTS, lengths, strict=True)) if stage == "total" else {stage: lengths[stage != "prefill"]}
+    found = {part: _at(held.get(part, []), at, place) for part, at in parts.items()}
+    known = {part: error for part, error in found.items() if error is not None}
+    if len(known) < len(found):
+        return None
+    if stage != "total":
+        return known[stage]
+    prompt, _, steps = lengths
+    prefill_ms, decode_ms = entry.prefill_ms(prompt, LEVELS[place]), entry.decode_ms(prompt, steps + 1, LEVELS[place])
+    decode = decode_ms * math.hypot(known["decode step"], known["ratio"])
+    return math.hypot(prefill_ms * known["prefill"], decode) / entry.total_ms(prompt, steps + 1, LEVELS[place])
+
+
+def _at(knots: Sequence[tuple[Any, ...]], length: int, place: int) -> float | None:
+    """An error between its knots; beyond them, that of the last one."""
+    known = [(at, errors[place]) for at, *errors in knots if errors[place] is not None]
+    if not known:
+        return None
+    lengths, errors = np.array(known, dtype=np.float64).T
+    return float(np.interp(length, lengths, errors))
 
 
 def _runs(entry: Entry, stage: str) -> int:
@@ -229,9 +290,9 @@ def _together(held: Iterable[Sequence[_Figure]]) -> Iterator[_Figure]:
         groups.setdefault((figure.stage, figure.q), []).append(figure)
     for (stage, q), figures in groups.items():
         n = sum(figure.n[0] for figure in figures), sum(figure.n[1] for figure in figures)
-        error = math.hypot(*(figure.error for figure in figures)) / len(figures)
+        error = math.hypot(*(max(figure.error, figure.alone) for figure in figures)) / len(figures)
         nowhere = (math.nan, math.nan)
-        yield _Figure(stage, q, (0, 0), nowhere, n, fmean(figure.log_ratio for figure in figures), error)
+        yield _Figure(stage, q, (0, 0), nowhere, n, fmean(figure.log_ratio for figure in figures), error, error)
 
 
 def _changes(figures: Sequence[tuple[Key | None, _Figure]], tolerance: float) -> Iterator[Change]:

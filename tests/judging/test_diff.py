@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 
+import numpy as np
 import pytest
 
 import lutest
@@ -14,6 +17,7 @@ from lutest.builder.build import build
 from lutest.cli.main import main
 from lutest.judging.diff import Diff
 from lutest.reader.figures import Figures, Key, KeyFigures
+from lutest.tablefile.sql import connect
 from tests.runs_frame import noisy_runs
 from tests.synthetic import write_file
 
@@ -109,6 +113,29 @@ def test_both_tables_are_asked_the_same(tables: dict[str, Path]) -> None:
             else:
                 assert change.output_tokens is not None
                 assert ms == entry.total_ms(change.prompt_tokens, change.output_tokens, change.q)
+
+
+def test_intervals_are_those_of_the_curves_errors(tables: dict[str, Path]) -> None:
+    found = [change for change in lutest.diff(tables["first"], tables["again"]).changes if change.key is not None]
+    score = NormalDist().inv_cdf(1.0 - 0.05 / 4 / len(found))
+    for change in found:
+        if (change.stage, change.q) != ("prefill", 0.5) or change.key is None or change.prompt_tokens is None:
+            continue
+        relative = []
+        for name in ("first", "again"):
+            query = "SELECT prompt_tokens, p50_se_ms / p50_ms AS error FROM prefill_curve WHERE (tier, top_k) = (?, ?)"
+            with connect(tables[name]) as connection:
+                knots = connection.execute(f"{query} ORDER BY prompt_tokens", change.key[:2]).fetchnumpy()
+            relative.append(np.interp(change.prompt_tokens, knots["prompt_tokens"], knots["error"]))
+        assert math.log(change.upper / change.ratio) == pytest.approx(score * math.hypot(*relative))
+        assert math.log(change.ratio / change.lower) == pytest.approx(score * math.hypot(*relative))
+
+
+def test_tables_in_memory_have_intervals_of_their_runs(tables: dict[str, Path]) -> None:
+    old, new = (lutest.LatencyTable(lutest.load(tables[name]).figures) for name in ("first", "slower"))
+    found = lutest.diff(old, new)
+    assert verdicts(found) == {"slower"}
+    assert all(change.lower < 1.5 < change.upper for change in found.changes)
 
 
 def test_configurations_of_one_table_alone_are_named(tables: dict[str, Path]) -> None:
