@@ -15,7 +15,7 @@ from typing import Any
 
 from lutest.profile.machine import cpu_name
 from lutest.profile.presets import PRESETS, Preset
-from lutest.profile.recorder import Recorder, interleave
+from lutest.profile.recorder import Recorder, StageTimes, interleave
 from lutest.reader.errors import ArgumentError
 
 _WARMUP_LENGTHS = {4: 1.0}
@@ -142,14 +142,14 @@ def run_sweep(
         model = Model(sizes, device=device, seed=seed)
         deadline = math.inf if minutes is None else started + 60 * minutes
         for key, number in interleave(keys, warmup_rounds, seed) if warmup_rounds else ():
-            _run_once(model, recorder, key, number, seed, _WARMUP_LENGTHS, warmup=True)
+            run_once(model, recorder, key, number, seed, _WARMUP_LENGTHS, warmup=True)
         plan = recorder.plan(keys, runs_per_key, seed=seed)
         wanted = len(keys) * runs_per_key
         missing = len(plan)
         for key, number in plan:
             if time.perf_counter() > deadline:
                 break
-            steps_ms += _run_once(model, recorder, key, number, seed, lengths, warmup=False)
+            steps_ms += run_once(model, recorder, key, number, seed, lengths, warmup=False).decode_steps_ms
             missing -= 1
             if progress is not None:
                 progress(wanted - missing, wanted)
@@ -205,10 +205,10 @@ def _prepare_device(torch: Any, device: str, threads: int | None, synchronizatio
     return f"{torch.cuda.get_device_name(device)}, bfloat16", synchronization or "events"
 
 
-def _run_once(
+def run_once(
     model: Any, recorder: Recorder, key: _Key, number: int, seed: int, lengths: Mapping[int, float], warmup: bool
-) -> list[float]:
-    """Do one run; its decode steps in milliseconds."""
+) -> StageTimes:
+    """Do one run, whose request depends on seed, key and number alone."""
     import torch
 
     sizes, (tier, top_k, num_blocks) = model.preset, key
@@ -234,4 +234,5 @@ def _run_once(
                 token = model.decode(generation, token)
         # the length stands for where a model would have stopped; the longest one, for a limit
         run.ends_with_eos = output_tokens < max(lengths)
-    return run.times.decode_steps_ms if run.times else []
+    assert run.times is not None
+    return run.times

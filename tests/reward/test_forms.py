@@ -106,8 +106,8 @@ def test_openenv_itself_calls_the_rubric() -> None:
     action = server.Action(metadata=CHOICE)
     observation = server.Observation(metadata={"prompt_tokens": 90, "output_tokens": 9})
     assert latency(action, observation) == expected(90, 9) == latency.last_score
-    weighted = rubrics.WeightedSum([latency, latency], [0.5, 0.25])
-    assert weighted(action, observation) == pytest.approx(0.75 * expected(90, 9))
+    weighted = rubrics.WeightedSum([latency, latency], [0.75, 0.25])
+    assert weighted(action, observation) == pytest.approx(expected(90, 9))
 
 
 def test_skyrl_adds_to_what_the_step_returns() -> None:
