@@ -198,6 +198,41 @@ def test_diagnose_says_nothing_of_runs_that_cannot_be_used(
     assert " ok " not in out
 
 
+def test_broken_files_are_all_named_and_can_be_skipped(
+    logs: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = logs.rename(columns={field: name for name, field in LOGS.items()})
+    few = named[(named["tier"] == "low") & (named["num_blocks"] == 16)]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    few.iloc[:150].to_csv(folder / "a.csv", index=False)
+    few.iloc[150:].to_csv(folder / "b.csv.gz", index=False)
+    few.head(40).assign(output_tokens=0).to_csv(folder / "unused.csv", index=False)
+    few.head(40).to_csv(folder / "c.csv.bz2", index=False)
+    (folder / "broken.json").write_text('{"x": [1,2')
+    (folder / "broken.parquet").write_text("PAR1xxxx")
+    (folder / "broken.csv.gz").write_bytes((folder / "b.csv.gz").read_bytes()[:300])
+    (folder / "empty.csv").touch()
+    output = tmp_path / "t.duckdb"
+    status, _, err = run(capsys, "build", folder, "-o", output)
+    assert (status, output.exists()) == (2, False)
+    broken = ("broken.json", "broken.parquet", "broken.csv.gz", "empty.csv")
+    for name in ("4 files cannot be read", *broken):
+        assert name in err
+    status, out, err = run(capsys, "build", folder, "-o", output, "--skip-broken")
+    assert status == 0
+    assert "none of its 40 runs is used: no_output_tokens" in err
+    assert "not read, for they are packed: c.csv.bz2" in err
+    query = "SELECT path FROM sources WHERE problem IS NOT NULL"
+    stored = run(capsys, "sql", output, "--csv", query)[1]
+    for name in broken:
+        assert name in out
+        assert name in stored
+    assert lutest.load(output)["low", 8, 16].n > 0
+    counted = run(capsys, "sql", output, "--csv", "SELECT sum(rows_used) FROM sources WHERE path LIKE '%.gz'")[1]
+    assert int(counted.split()[-1]) > 20  # what is packed with gzip is read
+
+
 def test_runs_stand_first(logs: pd.DataFrame, tmp_path: Path) -> None:
     named = logs.rename(columns={field: name for name, field in LOGS.items()})
     few = named[(named["tier"] == "low") & (named["num_blocks"] == 16)]

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from lutest.builder.clean import write_accepted_runs
 from lutest.builder.fit import FitInput, fit, upper_rank
 from lutest.builder.machines import find_mixed, refuse_mixed
 from lutest.builder.sessions import session_differences
-from lutest.reader.errors import BuildError, ConfigError
+from lutest.reader.errors import BuildError, ConfigError, LutestWarning
 from lutest.reader.figures import KeyColumn
 from lutest.reader.file import read_figures
 from lutest.reader.names import SCHEMA_VERSION, quote
@@ -39,12 +40,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What became of the runs of one source."""
+    """What became of the runs of one source; `problem` is why it could not be read."""
 
     path: str
     rows_read: int
     rows_used: int
     rows_rejected: int
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def build(
     output: str | os.PathLike[str] | None = None,
     mixed: bool = False,
     implausible: bool = False,
+    skip_broken: bool = False,
     progress: Progress | None = None,
 ) -> BuildSummary:
     """Build a latency table from profiled runs.
@@ -112,6 +115,9 @@ def build(
     implausible : bool
         Whether to build on times that cannot be what they are called: a decode time that is the total, or seconds for
         milliseconds. Without it, they are refused with the mapping or unit that may be meant.
+    skip_broken : bool
+        Whether to build without files that cannot be read; they stand in ``sources`` with the reason. Without it, an
+        error names all of them.
     progress : callable, optional
         Called with (what, done, total) now and then.
 
@@ -145,7 +151,7 @@ def build(
     files = list_sources([source for source in given if not isinstance(source, pd.DataFrame)], base)
     with locked(target, files) as replaced, work_database(temporary_path(replaced)) as connection:
         try:
-            key_columns = read_runs(connection, given, settings, base, progress)
+            key_columns = read_runs(connection, given, settings, base, progress, skip_broken=skip_broken)
             machines = find_mixed(connection)
             if machines and not mixed:
                 refuse_mixed(connection, machines, key_columns)
@@ -282,8 +288,14 @@ def _write_accounts(connection: duckdb.DuckDBPyConnection, key_columns: Sequence
         SELECT
             source_id, path, sha256, rows_read,
             coalesce(rows_used, 0) AS rows_used,
-            coalesce(rows_rejected, 0) AS rows_rejected
+            coalesce(rows_rejected, 0) AS rows_rejected,
+            NULL::VARCHAR AS problem
         FROM source_files LEFT JOIN rejected USING (source_id) LEFT JOIN used USING (source_id)
+        UNION ALL
+        SELECT
+            (SELECT coalesce(max(source_id), 0) FROM source_files) + row_number() OVER (ORDER BY path),
+            path, sha256, 0, 0, 0, problem
+        FROM broken_sources
         """
     )
     connection.execute(
@@ -339,8 +351,20 @@ def _summary(
     seconds: float,
 ) -> BuildSummary:
     accounts = connection.execute(
-        "SELECT path, rows_read, rows_used, rows_rejected FROM sources ORDER BY path"
+        "SELECT path, rows_read, rows_used, rows_rejected, problem FROM sources ORDER BY path"
     ).fetchall()
+    unused = connection.execute(
+        """
+        SELECT path, rows_read, mode(reason), min(detail)
+        FROM sources JOIN rejections USING (source_id)
+        WHERE rows_used = 0
+        GROUP BY path, rows_read ORDER BY path
+        """
+    ).fetchall()
+    for path, rows, reason, detail in unused:
+        warnings.warn(
+            f"{printable(path)}: none of its {rows:,} runs is used: {reason}, such as: {detail}", LutestWarning, 3
+        )
     reasons = connection.execute(
         "SELECT reason, count(*) AS n FROM rejections GROUP BY reason ORDER BY n DESC, reason"
     ).fetchall()

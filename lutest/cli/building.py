@@ -20,6 +20,7 @@ _MOST_SOURCES_SHOWN = 20
     add_runs,
     argument("-o", "--output", metavar="TABLE", help="table file to write"),
     argument("--mixed", action="store_true", help="mix runs of several models or devices on purpose"),
+    argument("--skip-broken", action="store_true", help="build without files that cannot be read"),
     argument("--implausible", action="store_true", help="build though times look wrongly mapped, or in another unit"),
     JSON,
 )
@@ -33,15 +34,17 @@ def build(arguments: argparse.Namespace) -> Answer:
             output=arguments.output,
             mixed=arguments.mixed,
             implausible=arguments.implausible,
+            skip_broken=arguments.skip_broken,
             progress=progress,
         )
     table = lutest.load(summary.output)
     keys = describe(table)["keys"]
     content = {**asdict(summary), "keys": keys}
-    shown = [tuple(source.values()) for source in content["sources"][:_MOST_SOURCES_SHOWN]]
+    shown = [tuple(source.values())[:4] for source in content["sources"][:_MOST_SOURCES_SHOWN]]
     lines = [format_table(("source", "read", "used", "rejected"), shown)]
     if len(summary.sources) > len(shown):
         lines.append(f"… {count(len(summary.sources), 'source')} in all: {count_runs(content['sources'])}")
+    lines += [f"  not read: {source['problem']}" for source in content["sources"] if source["problem"]]
     lines += [f"  {count(n, 'run')} rejected: {reason}" for reason, n in summary.rejected.items()]
     if summary.n_clamped:
         lines.append(f"  {count(summary.n_clamped, 'run')} clamped at zero decode: kept as censored from below")

@@ -43,6 +43,7 @@ def read_runs(
     base: Path,
     progress: Progress | None = None,
     extra_fields: Sequence[str] = (),
+    skip_broken: bool = False,
 ) -> tuple[KeyColumn, ...]:
     """Read sources into ``runs``, canonical and structurally checked, and their configurations into ``keys``.
 
@@ -60,6 +61,8 @@ def read_runs(
         Called with (what, done, total) now and then.
     extra_fields : sequence of str
         Fields to keep in ``raw_runs`` beside those that the configuration needs.
+    skip_broken : bool
+        Go on without files that cannot be read; they stand in ``broken_sources``.
 
     Returns
     -------
@@ -71,7 +74,8 @@ def read_runs(
     LutestError
         A source cannot be read as a whole, or no run has a column that every run needs.
     """
-    read_sources(connection, given, raw_fields(settings.columns, extra_fields), base=base, progress=progress)
+    fields = raw_fields(settings.columns, extra_fields)
+    read_sources(connection, given, fields, base=base, progress=progress, skip_broken=skip_broken)
     _check_tools(connection, settings)
     missing = _missing(connection, settings, (*dict(settings.key), *_REQUIRED))
     if missing:

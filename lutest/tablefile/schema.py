@@ -101,6 +101,7 @@ sources (source_id): The files and frames that the table was built from
     rows_read BIGINT: Runs found
     rows_used BIGINT: Runs that the table rests on
     rows_rejected BIGINT: Runs left out, each with a row in rejected_runs
+    problem VARCHAR: Why the file could not be read, where the build went on without it
 rejected_runs (source_id, row): Every run that was read and not used, and why
     source_id INTEGER: Source of the run
     row BIGINT: Place of the run in its source, from 1

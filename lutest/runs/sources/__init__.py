@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias, cast
 
 import duckdb
 import pandas as pd
 
 from lutest.reader.errors import SourceError
 from lutest.runs.sources.aiperf import aiperf_summary
-from lutest.runs.sources.discovery import list_sources, printable, show_path, storable, unreadable
+from lutest.runs.sources.discovery import PACKED, list_sources, plain_name, printable, show_path, storable, unreadable
 from lutest.runs.sources.json_runs import read_json, read_json_lines
 from lutest.runs.sources.parquet import read_parquet
 from lutest.runs.sources.run_rows import RunWriter, SourceFields, create_raw_runs
@@ -24,6 +27,7 @@ Source: TypeAlias = str | os.PathLike[str] | pd.DataFrame
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 HASH_CHUNK_BYTES = 1 << 20
+_MOST_BROKEN_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ def read_sources(
     *,
     base: Path,
     progress: Progress | None = None,
+    skip_broken: bool = False,
 ) -> None:
     """Read every run of every source into the tables ``source_files`` and ``raw_runs``.
 
@@ -65,21 +70,22 @@ def read_sources(
         Folder that relative paths are relative to.
     progress : callable, optional
         Called now and then with the source, and with the bytes done and to do of all files together.
+    skip_broken : bool
+        Go on without files that cannot be read as a whole; they stand in ``broken_sources`` (path, sha256, problem).
 
     Raises
     ------
     SourceError
-        A source cannot be found, or cannot be read as a whole. A single unreadable run is no error: it stands in
-        ``raw_runs`` with its `problem`.
+        A source cannot be found, or some cannot be read as a whole: naming all of them. A single unreadable run is no
+        error: it stands in ``raw_runs`` with its `problem`.
     """
     if not sources:
         raise SourceError("no sources of runs are given")
     _check_fields(fields)
     root = Path(os.path.abspath(base))
-    found = [
-        _hash_file(path, root)
-        for path in list_sources([path for path in sources if not isinstance(path, pd.DataFrame)], root)
-    ]
+    broken: dict[str, tuple[str | None, str]] = {}  # path → hash and what is wrong
+    paths = list_sources([path for path in sources if not isinstance(path, pd.DataFrame)], root)
+    found = [held for path in paths if (held := _hashed(path, root, broken)) is not None]
     frames = [source for source in sources if isinstance(source, pd.DataFrame)]
     for number, frame in enumerate(frames, 1):
         shown = f"<DataFrame {number}>"
@@ -102,8 +108,13 @@ def read_sources(
             report = _reporter(progress, source, done_bytes, total_bytes)
             report(0)
             writer = RunWriter(connection, source_id, fields)
-            _read_source(connection, source, fields, writer, report)
-            writer.flush()
+            try:
+                _read_source(connection, source, fields, writer, report)
+                writer.flush()
+            except SourceError as error:
+                connection.execute("DELETE FROM raw_runs WHERE source_id = ?", [source_id])
+                broken[source.shown] = source.sha256, str(error)
+                continue
             connection.execute(
                 "INSERT INTO source_files VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [source_id, source.shown, source.sha256, source.folder, writer.rows, writer.tool, list(writer.names)],
@@ -113,6 +124,23 @@ def read_sources(
     finally:
         if setting is not None:
             connection.execute(f"SET pandas_analyze_sample = {int(setting[0])}")
+    is_any_read = connection.execute("SELECT 1 FROM source_files LIMIT 1").fetchall()
+    _account_for(connection, broken, not (skip_broken and is_any_read))
+
+
+def _account_for(
+    connection: duckdb.DuckDBPyConnection, broken: Mapping[str, tuple[str | None, str]], refused: bool
+) -> None:
+    """Say which sources cannot be read, all of them at once, or note them in ``broken_sources``."""
+    problems = [problem for _, (_, problem) in sorted(broken.items())]
+    if len(problems) == 1 and refused:
+        raise SourceError(problems[0])
+    if problems and refused:
+        listed = "; ".join(problems[:_MOST_BROKEN_SHOWN]) + ("; …" if len(problems) > _MOST_BROKEN_SHOWN else "")
+        raise SourceError(f"{len(problems)} files cannot be read (`--skip-broken` builds without them): {listed}")
+    connection.execute("CREATE OR REPLACE TABLE broken_sources (path VARCHAR, sha256 VARCHAR, problem VARCHAR)")
+    for shown, (digest, problem) in broken.items():
+        connection.execute("INSERT INTO broken_sources VALUES (?, ?, ?)", [shown, digest, problem])
 
 
 def _check_fields(fields: SourceFields) -> None:
@@ -128,6 +156,14 @@ def _reporter(progress: Progress | None, source: _Found, done: int, total: int) 
             progress(source.shown, done + position, total)
 
     return report
+
+
+def _hashed(path: Path, root: Path, broken: dict[str, tuple[str | None, str]]) -> _Found | None:
+    try:
+        return _hash_file(path, root)
+    except SourceError as error:
+        broken[show_path(path, root)] = None, str(error)
+        return None
 
 
 def _hash_file(path: Path, root: Path) -> _Found:
@@ -175,12 +211,17 @@ def _read_file(
     writer: RunWriter,
     report: Callable[[int], None],
 ) -> None:
-    ending = path.suffix.lower()
+    ending = plain_name(path).suffix.lower()
     if ending == ".parquet":
         read_parquet(connection, path, shown, fields, writer)
         return
-    with path.open("rb") as stream:
-        writer.on_flush = lambda: report(stream.tell())
+    with contextlib.ExitStack() as opened:
+        held = opened.enter_context(path.open("rb"))
+        stream: BinaryIO = held
+        if path.suffix.lower() == PACKED:
+            stream = opened.enter_context(cast(BinaryIO, gzip.GzipFile(fileobj=held)))
+            opened.enter_context(_unpacking(shown))
+        writer.on_flush = lambda: report(held.tell())
         if ending == ".json":
             read_json(stream, shown, fields, writer)
         elif ending == ".csv":
@@ -188,3 +229,11 @@ def _read_file(
         else:
             read_json_lines(stream, shown, fields, writer)
         writer.flush()
+
+
+@contextlib.contextmanager
+def _unpacking(shown: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SourceError(f"{shown}: cannot be unpacked: {error}") from None

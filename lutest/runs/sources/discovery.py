@@ -5,12 +5,16 @@ from __future__ import annotations
 import glob
 import os
 import stat
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lutest.reader.errors import SourceError
+from lutest.reader.errors import LutestWarning, SourceError
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+PACKED = ".gz"
+_MOST_SHOWN = 10
+_OTHERWISE_PACKED = (".bz2", ".xz", ".zst", ".lz4", ".zip")
 
 
 def list_sources(sources: Sequence[str | os.PathLike[str]], base: Path) -> list[Path]:
@@ -72,7 +76,7 @@ def _find(source: object, root: Path) -> Iterator[Path]:
             raise SourceError(f"{shown}: no runs in this folder, which has no file ending in {_endings()}")
         yield from files
         return
-    if path.suffix.lower() not in ENDINGS:
+    if not _is_read(path.name):
         raise SourceError(f"{shown}: unknown ending {path.suffix!r}; files of runs end in {_endings()}")
     yield path
 
@@ -108,16 +112,40 @@ def _walk(folder: Path) -> list[Path]:
         entered.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [Path(parent, name) for name in names if _is_wanted(name)]
+        packed = sorted(name for name in names if _is_unread(name))
+        if packed:
+            named = ", ".join(map(printable, packed[:_MOST_SHOWN])) + (", …" if len(packed) > _MOST_SHOWN else "")
+            warnings.warn(
+                f"{printable(parent)}: not read, for they are packed: {named}; unpack them, or pack them with gzip",
+                LutestWarning,
+                stacklevel=2,
+            )
     return files
 
 
 def _is_wanted(name: str) -> bool:
     temporary = name.startswith((".", "~", "#")) or {".tmp", ".temp", ".part"} & set(Path(name.lower()).suffixes)
-    return not temporary and Path(name).suffix.lower() in ENDINGS
+    return not temporary and _is_read(name)
+
+
+def plain_name(path: Path) -> Path:
+    """The name without the ending of what packed it."""
+    return path.with_suffix("") if path.suffix.lower() == PACKED else path
+
+
+def _is_read(name: str) -> bool:
+    ending = plain_name(Path(name)).suffix.lower()
+    return ending in ENDINGS and not (ending == ".parquet" and name.lower().endswith(PACKED))
+
+
+def _is_unread(name: str) -> bool:
+    """Whether a name is that of runs, but packed in a way that is not read."""
+    path = Path(name.lower())
+    return path.with_suffix("").suffix in ENDINGS and path.suffix in (*_OTHERWISE_PACKED, PACKED) and not _is_read(name)
 
 
 def _endings() -> str:
-    return ", ".join(ENDINGS[:-1]) + " or " + ENDINGS[-1]
+    return ", ".join(ENDINGS[:-1]) + " or " + ENDINGS[-1] + f" (all but the last also with {PACKED})"
 
 
 def show_path(path: Path, root: Path) -> str:
