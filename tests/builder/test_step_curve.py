@@ -116,7 +116,17 @@ def test_no_timed_steps_make_no_curve() -> None:
     steps, runs = sample(3)
     curve = fit_step_curve(steps, runs.assign(timed=False), [0.5, 0.95])
     assert len(curve) == 0
-    assert list(curve.columns) == [*KEYS, "kv_len", "n", "p50_ms", "p95_ms", "source"]
+    assert list(curve.columns) == [
+        *KEYS,
+        "kv_len",
+        "n",
+        "p50_ms",
+        "p95_ms",
+        "p50_se_ms",
+        "p95_se_ms",
+        "n_eff",
+        "source",
+    ]
 
 
 def test_every_step_counts_at_its_nearest_knot() -> None:

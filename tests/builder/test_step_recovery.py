@@ -193,7 +193,17 @@ def test_knots_cover_the_steps_and_count_them() -> None:
     assert curve["kv_len"].iloc[0] == 101
     assert curve["kv_len"].iloc[-1] == 140 + 32
     assert curve["n"].sum() == (sample["output_tokens"] - 1).sum()
-    assert list(curve.columns) == [*KEYS, "kv_len", "n", "p50_ms", "p95_ms", "source"]
+    assert list(curve.columns) == [
+        *KEYS,
+        "kv_len",
+        "n",
+        "p50_ms",
+        "p95_ms",
+        "p50_se_ms",
+        "p95_se_ms",
+        "n_eff",
+        "source",
+    ]
     assert set(curve["source"]) == {"interpolated"}
 
 
@@ -219,7 +229,17 @@ def test_order_of_rows_does_not_matter_and_times_only_scale() -> None:
 def test_runs_that_say_nothing_give_no_rows(sample: pd.DataFrame) -> None:
     curve = recover_step_curve(sample, (0.5, 0.95))
     assert len(curve) == 0
-    assert list(curve.columns) == [*KEYS, "kv_len", "n", "p50_ms", "p95_ms", "source"]
+    assert list(curve.columns) == [
+        *KEYS,
+        "kv_len",
+        "n",
+        "p50_ms",
+        "p95_ms",
+        "p50_se_ms",
+        "p95_se_ms",
+        "n_eff",
+        "source",
+    ]
 
 
 def test_one_token_key_beside_others_gives_no_rows() -> None:

@@ -310,7 +310,8 @@ def test_no_decode_runs_at_all() -> None:
     decode_total, total = calibrate_totals(runs, prefill_curve, decode_curve.iloc[:0], LEVELS)
     assert len(decode_total) == 0
     assert list(decode_total.columns) == [
-        *KEYS, "decode_steps", "n", "p5_ratio", "p50_ratio", "p95_ratio", "source",
+        *KEYS, "decode_steps", "n", "p5_ratio", "p50_ratio", "p95_ratio", "p5_se_ratio", "p50_se_ratio", "p95_se_ratio",
+        "n_eff", "source",
     ]  # fmt: skip
     assert list(total["p95_correlation"]) == [1.0, 1.0]
 

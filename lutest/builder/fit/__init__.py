@@ -69,11 +69,11 @@ D is the sum of the P50 curve over a run's steps. Quantiles of decode are D time
 Noise of steps averages out within a run, that of slow runs does not; w is what noise of a fixed size comes to: 1 / m,
 and for subtraction a prefill's. The variance components [10]_ maximise a Laplace likelihood, of all keys and shrunk
 to it of each key. c is a local median over log m; subtraction adds an offset per key, in units of w. The quantiles of
-e are local too, as their shape drifts from a step's to a run's; keys deviate as above (location, then quantiles), and
-before that, where it lowers the loss out of fold, by a level of their own, the mean of decode over D shrunk to that of
-all [11]_: a step that waits is no part of a sum of medians. Tails beyond the sample are exponential [12]_. D was fitted
-to the same runs: residuals are too small by sqrt(1 - h), new runs off by sqrt(1 + h), h = H / runs of the key, and H
-in [0, 1] is read off the spread of the keys' mean residuals.
+e are local too, as their shape drifts from a step's to a run's; keys deviate as above, and before that, where it
+lowers the loss out of fold, by a level of their own, the mean of decode over D shrunk to that of all [11]_: a step
+that waits is no part of a sum of medians. Tails beyond the sample are exponential [12]_. D was fitted to the same
+runs: residuals are too small by sqrt(1 - h), new runs off by sqrt(1 + h), h = H / runs of the key, and H in [0, 1] is
+read off the spread of the keys' mean residuals.
 
 A total is P50 + sqrt(a² + d² + 2·c·a·d), a and d what the quantiles of prefill and decode lie above their medians
 (mirrored below). The correlation c of a level is the least with which a share q of all runs stays under, drawn to the

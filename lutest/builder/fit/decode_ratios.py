@@ -57,34 +57,26 @@ def decode_ratios(keys: list[RunsOfKey], knots: Floats, levels: Floats) -> tuple
     level = _levels(ratio, cost, at, place, owner, fold) if keys[0].one_pass else np.ones(len(keys))
     ratio = ratio / level[owner]
     center = local_quantiles(at, ratio, place, middle)[:, 0]
-    offset = np.zeros(len(keys))
     residual = ratio - np.interp(at, place, center)
-    components = _noise_components(residual, steps, fixed, owner, len(keys))
-    spread = _noise_spread(components[owner], steps, fixed)
+    at_knots = np.array([key.fixed_one / knots for key in keys])
+    centers = np.tile(center, (len(keys), 1))
     if not keys[0].one_pass:
+        spread = _noise_spread(_noise_components(residual, steps, fixed, owner, len(keys))[owner], steps, fixed)
         offset = _offsets(residual, fixed, spread, owner, len(keys))
         corrected = ratio - offset[owner] * fixed
         center = local_quantiles(at, corrected, place, middle)[:, 0]
         residual = corrected - np.interp(at, place, center)
-    at_knots = np.array([key.fixed_one / knots for key in keys])
-    one, cost = np.ones(len(keys)), level[owner] * cost
-
-    def own_shape(excess: Floats, levels: Floats) -> tuple[Floats, Floats]:
-        apart = np.broadcast_to(excess, (FOLDS, *excess.shape))
-        return own_shifts(excess, apart, owner, nearness, cost * spread, fold, one, levels)
-
-    own = own_shape((residual / spread)[:, None], middle)[0][:, :, 0]
-    centers = center + offset[:, None] * at_knots + own * _noise_spread(components[:, None], knots, at_knots)
-    residual = residual - spread * np.concatenate([np.interp(p, place, o) for p, o in zip(parts, own, strict=True)])
+        centers = center + offset[:, None] * at_knots
     components = _noise_components(residual, steps, fixed, owner, len(keys))
     spread = _noise_spread(components[owner], steps, fixed)
     u = residual / spread
-
     doubt, shrinkage = _fit_leverage(u, spread, steps, owner, len(keys))
     full = u / shrinkage
     shape = local_quantiles(at, full, place, levels)
     beyond = full[:, None] - np.stack([np.interp(at, place, column) for column in shape.T], axis=1)
-    shifts, errors = own_shape(beyond, levels)
+    apart = np.broadcast_to(beyond, (FOLDS, *beyond.shape))
+    cost = level[owner] * cost * spread
+    shifts, errors = own_shifts(beyond, apart, owner, nearness, cost, fold, np.ones(len(keys)), levels)
     shapes = shape + shifts
     ahead = np.sqrt(_noise_spread(components[:, None], knots, at_knots) ** 2 + doubt[:, None])
     ratios = level[:, None, None] * (centers[:, :, None] + ahead[:, :, None] * shapes)
