@@ -131,7 +131,7 @@ const frame = (svg, width, height, x, y, margin = {}) => {
   const m = {left: 52, right: 16, top: 26, bottom: 42, ...margin};
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   const sx = scale(x, m.left, width - m.right), sy = scale(y, height - m.bottom, m.top);
-  for (const at of x.ticks ?? ticks(x.low, x.high, x.log, Math.max(3, Math.floor(width / 90)))) {
+  for (const at of x.ticks ?? ticks(x.low, x.high, x.log, Math.max(3, Math.floor(width / 90))).filter((at) => !x.whole || Number.isInteger(at))) {
     svg.append(s("line", {class: "axis", x1: sx(at), x2: sx(at), y1: height - m.bottom, y2: height - m.bottom + 5}),
       s("text", {x: sx(at), y: height - m.bottom + 18, "text-anchor": "middle"}, x.text ? x.text(at) : tickText(at)));
   }
@@ -346,7 +346,7 @@ const drawCurve = (parent, stage, title, axis, unit) => {
     return `P50 solid, P95 dashed, in ms${unit}; filled marks rest on runs, open ones do not, dotted is beyond all runs${dots ? "; dots are single runs" : ""}.${lacking ? ` ${lacking} of the chosen have no decode step.` : ""}`;
   }, (svg, width) => {
     const shown = held();
-    if (!shown.length) return frame(svg, width, 120, {low: 0, high: 1, ticks: [], label: axis}, {low: 0, high: 1, ticks: [], label: "nothing chosen"});
+    if (!shown.length) return frame(svg, width, 120, {low: 0, high: 1, ticks: [], label: axis}, {low: 0, high: 1, ticks: [], label: chosen.length ? "no decode step" : "nothing chosen"});
     const rest = (curve) => curve.tokens.filter((_, j) => curve.n[j] > 0 && curve.source[j] !== "extrapolated");
     const low = 0, high = Math.ceil(1.15 * Math.max(...shown.map(({curve}) => Math.max(curve.tokens[0], ...rest(curve)))));
     for (const one of shown) one.curve = clipped(one.curve, high);
@@ -428,7 +428,7 @@ const drawShares = () => {
   const lengthTable = behind("Output lengths of the table's runs", ["workload", "output tokens", "runs"], () => Object.entries(data.lengths).flatMap(([name, pairs]) => pairs.map(([tokens, n]) => [name, tokens, n])));
   chart(row, "Output lengths", () => `${whole(runs)} runs of ${whole(all[0][0])} to ${whole(longest)} output tokens${size > 1 ? `; a bar is ${size} lengths` : ""}. Workloads: ${Object.keys(data.lengths).map(isolated).join(", ")}.`, (svg, width) => {
     const most = Math.max(...bins.values());
-    const {sx, sy} = frame(svg, width, 300, {low: 0.5, high: Math.ceil(longest / size) * size + 0.5, label: "output tokens"}, {low: 0, high: most * 1.05, label: "runs"});
+    const {sx, sy} = frame(svg, width, 300, {low: 0.5, high: Math.ceil(longest / size) * size + 0.5, label: "output tokens", whole: true}, {low: 0, high: most * 1.05, label: "runs"});
     for (const [bin, n] of bins) {
       const from = bin * size + 0.5, x = sx(from) + 0.5;
       svg.append(hover(s("rect", {class: "bar", x, y: sy(n), width: Math.max(1, sx(from + size) - x - 0.5), height: sy(0) - sy(n)}),
