@@ -19,7 +19,8 @@ from lutest.profile.sweep import run_once, run_sweep
 from lutest.reward.terms import smooth_penalty, squared_overrun
 
 BUDGETS, GROUP, BATCH, STEPS, RATE = 24, 16, 64, 400, 0.5
-WEIGHTS = lutest.Weights(smooth=1.0, steepness=50.0)
+# A next better one is worth 0.2 more at most, and must not pay where it breaks the budget in 5 % of cases.
+WEIGHTS = lutest.Weights(smooth=0.2 / 0.05, steepness=50.0)
 Curve = list[tuple[int, float, float]]  # steps, share over budget, value as a share of the oracle's
 
 
