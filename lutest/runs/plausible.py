@@ -154,7 +154,8 @@ def _along_lengths(
         )
         SELECT
             sum(n), median(prefill_rise), median(prompt_rise), median(decode_rise),
-            median(at_none_ms / prefill_ms) FILTER (spread >= 2), median(at_none_ms / decode_ms) FILTER (spread >= 2)
+            median(at_none_ms / prefill_ms) FILTER (spread >= 1.5),
+            median(at_none_ms / decode_ms) FILTER (spread >= 1.5)
         FROM of_keys
         WHERE decode_ms > 0
         """
