@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,14 +145,17 @@ def measure(folder: Path, minutes: float, count: int) -> dict[str, Any]:
     chance, model = random.Random(0), Model(sizes, device="cpu", seed=0)
     keys = profiled.frame.drop_duplicates("key").sort_values("key").reset_index(drop=True)
     control = keys.iloc[len(keys) // 2]
-    recorder = Recorder(folder / "live", model=sizes.model_name, device="this one")
     outcomes: dict[str, list[tuple[bool, float]]] = {}
     ratios: list[float] = []
-    with recorder, torch.inference_mode():
+    with ExitStack() as opened, torch.inference_mode():
+        recorders: dict[str, Recorder] = {}  # each candidate's own: the same run may be chosen by several
 
-        def timed(row: Any, number: int, tokens: int) -> float:
+        def timed(name: str, row: Any, number: int, tokens: int) -> float:
+            if name not in recorders:
+                recorder = Recorder(folder / f"live {len(recorders)}", model=sizes.model_name, device="this one")
+                recorders[name] = opened.enter_context(recorder)
             key = (row.tier, int(row.top_k), int(row.num_blocks))
-            return run_once(model, recorder, key, number, 0, {tokens: 1.0}, warmup=False).total_ms
+            return run_once(model, recorders[name], key, number, 0, {tokens: 1.0}, warmup=False).total_ms
 
         for number in range(count):
             tokens = chance.choices(list(sizes.output_lengths), list(sizes.output_lengths.values()))[0]
@@ -166,11 +170,11 @@ def measure(folder: Path, minutes: float, count: int) -> dict[str, Any]:
                 fitting = np.where(estimates[name] <= budget, values, -1.0)
                 if fitting.max() >= 0.0:
                     chosen = int(fitting.argmax())
-                    taken = timed(keys.iloc[chosen], number, tokens)
+                    taken = timed(name, keys.iloc[chosen], number, tokens)
                     outcomes.setdefault(name, []).append((taken > budget, float(values[chosen])))
             if number % 5 == 0:
                 entry = table[control.tier, int(control.top_k), int(control.num_blocks)]
-                ratios.append(timed(control, number, 8) / entry.total_ms(None, 8, 0.5))
+                ratios.append(timed("control", control, number, 8) / entry.total_ms(None, 8, 0.5))
     return {
         "candidates": {name: _rate(held) for name, held in outcomes.items()},
         "control": float(np.median(ratios)),
