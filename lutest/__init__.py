@@ -25,6 +25,7 @@ from lutest.reader.table import LatencyTable
 
 if TYPE_CHECKING:
     from lutest import charts as charts
+    from lutest.builder.build import append as append
     from lutest.builder.build import build as build
     from lutest.calibration.calibrate import calibrate as calibrate
     from lutest.calibration.check import check as check
@@ -78,6 +79,7 @@ __all__ = [
     "VerlReward",
     "Weights",
     "__version__",
+    "append",
     "build",
     "calibrate",
     "charts",
@@ -113,6 +115,7 @@ _ON_FIRST_USE = {
     "SlimeReward": "lutest.reward.slime",
     "VerlReward": "lutest.reward.verl",
     "Weights": "lutest.reward.terms",
+    "append": "lutest.builder.build",
     "build": "lutest.builder.build",
     "calibrate": "lutest.calibration.calibrate",
     "check": "lutest.calibration.check",

@@ -89,6 +89,7 @@ def test_the_facade_is_pinned() -> None:
         "VerlReward",
         "Weights",
         "__version__",
+        "append",
         "build",
         "calibrate",
         "charts",

@@ -39,10 +39,13 @@ def write_aggregates(
     ``run_sample`` and ``step_sample`` (a bounded number per key, picked by a hash of the run).
     Means and deviations add up whole nanoseconds, so that they do not depend on the order of rows or threads.
     """
+    # Joins as they are written: what stands on the right is held in memory, and steps never do.
+    connection.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
     _write_steps(connection)
     _write_prefill(connection, quantiles, upper_rank)
     _write_decode(connection, quantiles, upper_rank)
     _write_samples(connection, key_columns)
+    connection.execute("SET disabled_optimizers = ''")
     _write_output_length(connection)
     _write_quality(connection)
 
@@ -67,7 +70,7 @@ def _write_steps(connection: duckdb.DuckDBPyConnection) -> None:
                 source_id, "row", key_id, prompt_tokens, outlier,
                 unnest(decode_steps_ms) AS step_ms,
                 unnest(coalesce(step_positions, range(1, len(decode_steps_ms) + 1)::INTEGER[])) AS position
-            FROM sound_runs
+            FROM run_steps JOIN sound_runs USING (source_id, "row")
             WHERE timed
         )
         SELECT source_id, "row", key_id, outlier, position, prompt_tokens + position AS kv_len, step_ms

@@ -19,17 +19,19 @@ import pandas as pd
 from lutest.builder.aggregate import write_aggregates
 from lutest.builder.clean import write_accepted_runs
 from lutest.builder.fit import FitInput, fit, upper_rank
+from lutest.builder.kept_parts import described_parts, earlier_parts, parts_beside
 from lutest.builder.machines import find_mixed, refuse_mixed
 from lutest.builder.sessions import session_differences
 from lutest.reader.errors import BuildError, ConfigError, LutestWarning
 from lutest.reader.figures import KeyColumn
 from lutest.reader.file import read_figures
 from lutest.reader.names import SCHEMA_VERSION, quote
-from lutest.runs.configuration import DEFAULT_CONFIG, BuildConfig, Config, resolve_config
+from lutest.runs.configuration import DEFAULT_CONFIG, BuildConfig, Config, config_of_build, resolve_config
+from lutest.runs.parts import PartOf
 from lutest.runs.plausible import refuse_implausible
 from lutest.runs.sources import Source, listed
 from lutest.runs.sources.discovery import list_sources, printable
-from lutest.runs.work import read_runs, work_database
+from lutest.runs.work import Limits, read_runs, work_database, work_folder
 from lutest.tablefile.store import locked, temporary_path, write_table
 
 # what DuckDB raises when its work database cannot grow, or could not just before
@@ -89,6 +91,10 @@ def build(
     mixed: bool = False,
     implausible: bool = False,
     skip_broken: bool = False,
+    keep_parts: bool = False,
+    memory_limit: str | None = None,
+    threads: int | None = None,
+    temp_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> BuildSummary:
     """Build a latency table from profiled runs.
@@ -118,6 +124,14 @@ def build(
     skip_broken : bool
         Whether to build without files that cannot be read; they stand in ``sources`` with the reason. Without it, an
         error names all of them.
+    keep_parts : bool
+        Whether to leave the runs as they were read in the folder ``OUTPUT.parts``, so that `append` can add to them.
+    memory_limit : str, optional
+        What the work database may take, such as ``8GB``; half of what the machine, or its container, has if not given.
+    threads : int, optional
+        Of the work database; as many as there are processors if not given.
+    temp_dir : path, optional
+        Where the work database lies; beside the output if not given.
     progress : callable, optional
         Called with (what, done, total) now and then.
 
@@ -138,7 +152,6 @@ def build(
     >>> config = {"columns": {"prefill_ms": "ttft", "total_ms": "e2e"}, "time_unit": "s"}  # doctest: +SKIP
     >>> lutest.build(config, runs=frame, output="tables/mine.duckdb")  # doctest: +SKIP
     """
-    started = time.perf_counter()
     if _are_runs(config):
         if runs is not None:
             raise ConfigError(
@@ -149,9 +162,82 @@ def build(
     given, base = (settings.sources, settings.base) if runs is None else (listed(runs), Path())
     target = _target(settings, output)
     files = list_sources([source for source in given if not isinstance(source, pd.DataFrame)], base)
-    with locked(target, files) as replaced, work_database(temporary_path(replaced)) as connection:
+    with locked(target, files) as replaced:
+        return _build(
+            settings, given, base, target, replaced, mixed=mixed, implausible=implausible, skip_broken=skip_broken,
+            keep_parts=keep_parts, limits=Limits(memory_limit, threads, temp_dir), progress=progress,
+        )  # fmt: skip
+
+
+def append(
+    table: str | os.PathLike[str],
+    runs: Source | Sequence[Source],
+    *,
+    memory_limit: str | None = None,
+    threads: int | None = None,
+    temp_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> BuildSummary:
+    """Add runs to a table that was built with `keep_parts`: the table that all runs together would give.
+
+    Parameters
+    ----------
+    table : path
+        The table, which the new one replaces. Its old sources are not read again, and may be gone.
+    runs : path, DataFrame, or sequence of them
+        Sources of further runs, read as the table was built; paths are relative to the current folder. Those that the
+        table has already, by their content, are not counted twice.
+    memory_limit, threads, temp_dir, progress
+        As in `build`.
+
+    Returns
+    -------
+    BuildSummary
+        Of all runs, with the content hash that a build of all of them would have.
+
+    Raises
+    ------
+    LutestError
+        As `build`; or the table's parts were not kept, are gone, or were read otherwise. The table is then unchanged.
+    """
+    target, given = Path(table), listed(runs)
+    files = list_sources([source for source in given if not isinstance(source, pd.DataFrame)], Path())
+    read_figures(target)  # says what is wrong with a file that is no table
+    with locked(target, files) as replaced:
+        meta = read_figures(replaced).meta
+        settings = config_of_build(meta)
+        return _build(
+            settings, given, Path(), target, replaced, mixed="mixed" in meta, implausible=True, skip_broken=False,
+            keep_parts=True, limits=Limits(memory_limit, threads, temp_dir), progress=progress,
+            earlier=earlier_parts(replaced, meta, settings),
+        )  # fmt: skip
+
+
+def _build(
+    settings: BuildConfig,
+    given: Sequence[Source],
+    base: Path,
+    target: Path,
+    replaced: Path,
+    *,
+    mixed: bool,
+    implausible: bool,
+    skip_broken: bool,
+    keep_parts: bool,
+    limits: Limits,
+    progress: Progress | None,
+    earlier: Sequence[PartOf] = (),
+) -> BuildSummary:
+    started = time.perf_counter()
+    with parts_beside(replaced) as kept, work_database(temporary_path(replaced), limits) as connection:
+        parts = work_folder(connection)
         try:
-            key_columns = read_runs(connection, given, settings, base, progress, skip_broken=skip_broken)
+            if keep_parts:
+                parts = kept
+                parts.mkdir(exist_ok=True)
+            key_columns = read_runs(
+                connection, given, settings, base, progress, skip_broken=skip_broken, parts=parts, earlier=earlier
+            )
             machines = find_mixed(connection)
             if machines and not mixed:
                 refuse_mixed(connection, machines, key_columns)
@@ -164,9 +250,13 @@ def build(
             relations = _fit(connection, settings.quantiles, key_columns)
             fit_seconds = time.perf_counter() - fit_started
             _write_accounts(connection, key_columns)
+            meta = _meta(connection, settings, fit_seconds)
+            if keep_parts:
+                meta |= described_parts(connection, parts)
         except _NO_ROOM as error:
             raise BuildError(f"{target}: the build ran out of room: {str(error).splitlines()[0]}") from error
-        meta = _meta(connection, settings, fit_seconds)
+        except OSError as error:
+            raise BuildError(f"{parts}: cannot keep parts there: {error.strerror or error}") from error
         if machines:
             meta["mixed"] = json.dumps(
                 {"model": [], "device": []} | {name: list(held) for name, held in machines.items()}

@@ -107,7 +107,8 @@ def calibrate(
     held = load(parent)
     target = Path(output)
     with locked(target, [parent]) as replaced, work_database(temporary_path(replaced)) as connection:
-        meta = {name: value for name, value in held.meta.items() if name not in ("content_hash", "sessions")}
+        dropped = ("content_hash", "parts", "sessions")
+        meta = {name: value for name, value in held.meta.items() if name not in dropped}
         left_out: dict[str, int] = {}
         sources: list[dict[str, object]] = []
         hashes: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import lutest
 from lutest.cli.arguments import JSON, TABLE, Answer, add_runs, argument, given_runs, verb
@@ -12,7 +13,21 @@ from lutest.cli.reading import count_runs, format_key_table
 from lutest.judging.finding import count
 from lutest.tablefile.description import describe
 
+if TYPE_CHECKING:
+    from lutest.builder.build import BuildSummary
+
 _MOST_SOURCES_SHOWN = 20
+
+
+_LIMITS = (
+    argument("--memory-limit", metavar="SIZE", help="such as 8GB (default: half of the machine's)"),
+    argument("--threads", type=int, metavar="N", help="of the work database (default: all processors)"),
+    argument("--temp-dir", metavar="FOLDER", help="where the work database lies (default: beside the table)"),
+)
+
+
+def _limits(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("memory_limit", "threads", "temp_dir")}
 
 
 @verb(
@@ -22,6 +37,8 @@ _MOST_SOURCES_SHOWN = 20
     argument("--mixed", action="store_true", help="mix runs of several models or devices on purpose"),
     argument("--skip-broken", action="store_true", help="build without files that cannot be read"),
     argument("--implausible", action="store_true", help="build though times look wrongly mapped, or in another unit"),
+    argument("--keep-parts", action="store_true", help="leave what was read in TABLE.parts, for `lutest append`"),
+    *_LIMITS,
     JSON,
 )
 def build(arguments: argparse.Namespace) -> Answer:
@@ -35,8 +52,27 @@ def build(arguments: argparse.Namespace) -> Answer:
             mixed=arguments.mixed,
             implausible=arguments.implausible,
             skip_broken=arguments.skip_broken,
+            keep_parts=arguments.keep_parts,
+            **_limits(arguments),
             progress=progress,
         )
+    return _built(summary)
+
+
+@verb(
+    "lutest append tables/mine.duckdb results/today",
+    TABLE,
+    argument("runs", nargs="+", metavar="RUNS", help="files, folders and globs of further runs"),
+    *_LIMITS,
+    JSON,
+)
+def append(arguments: argparse.Namespace) -> Answer:
+    """Add runs to a table that was built with --keep-parts."""
+    with working() as progress:
+        return _built(lutest.append(arguments.table, arguments.runs, **_limits(arguments), progress=progress))
+
+
+def _built(summary: BuildSummary) -> Answer:
     table = lutest.load(summary.output)
     keys = describe(table)["keys"]
     content = {**asdict(summary), "keys": keys}

@@ -46,6 +46,7 @@ def info(arguments: argparse.Namespace) -> Answer:
         **{f"key: {name}": _values(table, place) for place, name in enumerate(table.key_columns)},
         "sources": f"{count(len(sources), 'file')}: {count_runs(sources)}",
         "rejected": ", ".join(f"{n:,} {reason}" for reason, n in rejected.items()) or "none",
+        "parts": held["parts"] and f"{held['parts']['n']:,} for `lutest append`, {held['parts']['size_bytes']:,} bytes",
     }
     lines = [f"{one_line(title):<15} {one_line(value)}" for title, value in facts.items() if value]
     lines += ["", format_key_table(table.key_columns, keys, upper=True)]

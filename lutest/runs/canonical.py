@@ -26,6 +26,7 @@ _STARTED_MS = """coalesce(
     epoch_ms(TRY_CAST(started_text AS TIMESTAMP))
 )::DOUBLE"""
 _REQUIRED = ("prompt_tokens", "output_tokens", "prefill_ms")
+_TOLD_BY = ("prompt_tokens", "output_tokens", "prefill_ms", "decode_ms", "total_ms")
 _TEXTS = ("workload", "sample_id", "device", "model")
 
 
@@ -40,10 +41,13 @@ def raw_fields(columns: dict[str, ColumnRule], extra: Sequence[str] = ()) -> Sou
     return SourceFields((*scalars, *(name for name in extra if name.lower() not in known)), steps)
 
 
-def write_runs(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> tuple[KeyColumn, ...]:
-    """Create ``runs`` and ``keys``.
+def write_runs(
+    connection: duckdb.DuckDBPyConnection, settings: BuildConfig, *, with_steps: bool = True
+) -> tuple[KeyColumn, ...]:
+    """Create ``runs``, ``run_steps`` and ``keys``.
 
     ``runs`` has one row a run: its key columns, canonical columns, and ``reason`` and ``detail`` where a check failed.
+    ``run_steps`` is a view of the steps of timed runs, which stand in ``runs`` as well where that is asked for.
     ``keys`` has the configurations of sound runs in order, with their ``key_id``, by which ``runs`` names them.
 
     Parameters
@@ -52,6 +56,8 @@ def write_runs(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> 
         Holds ``raw_runs`` and ``source_files``.
     settings : BuildConfig
         What the key is, where columns come from, and the unit of the sources' times.
+    with_steps : bool
+        Whether ``runs`` has the columns ``decode_steps_ms`` and ``step_positions``.
 
     Returns
     -------
@@ -72,14 +78,26 @@ def write_runs(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> 
     kept.append(f"{_STARTED_MS} AS started_ms")
     read.append(f"{column_text(columns['started_ms'])} AS started_text")
     hashed = [_value(name) if kind == "number" else f"length({_text(name)}), {_text(name)}" for name, kind, _ in key]
+    scaled = "steps" if settings.milliseconds == 1.0 else f"[step * {unit} FOR step IN steps]"
+    steps, hashed_steps = "", ""
+    if with_steps:
+        steps = "CASE WHEN timed THEN steps END AS decode_steps_ms,"
+        steps += " CASE WHEN timed THEN step_positions END AS step_positions,"
+        hashed_steps = ", CASE WHEN timed THEN steps END::VARCHAR"
     _write_ticks(connection, columns, unit)
+    connection.execute(
+        f"""
+        CREATE OR REPLACE VIEW run_steps AS
+        SELECT source_id, "row", {scaled} AS decode_steps_ms, step_positions FROM raw_runs WHERE len(steps) > 0
+        """
+    )
     connection.execute(
         f"""
         CREATE OR REPLACE TABLE runs AS
         WITH as_read AS (
             SELECT
                 source_id, "row", problem, steps_problem, step_positions,
-                {"steps" if settings.milliseconds == 1.0 else f"[step * {unit} FOR step IN steps]"} AS steps,
+                {scaled} AS steps,
                 coalesce(len(steps), 0) > 0 AS timed,
                 {", ".join(read)}
             FROM raw_runs
@@ -125,8 +143,7 @@ def write_runs(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> 
             decode_ms_value AS decode_ms,
             coalesce(total_ms_value, prefill_ms_value + decode_ms_value) AS total_ms,
             total_ms_value IS NOT NULL AS total_given,
-            CASE WHEN timed THEN steps END AS decode_steps_ms,
-            CASE WHEN timed THEN step_positions END AS step_positions,
+            {steps}
             timed,
             one_pass,
             NOT timed AND output_tokens_value >= 2 AND decode_ms_value = 0 AS clamped,
@@ -135,16 +152,19 @@ def write_runs(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> 
             -- on one line, whatever stood in the field
             regexp_replace(verdict.detail, '[\\p{{Cc}}\\p{{Zl}}\\p{{Zp}}]+', ' ', 'g') AS detail,
             -- lengths before texts, and a mark for NULL: no value can pass for the one beside it
-            md5(concat_ws(
+            concat_ws(
                 '|', {", ".join(hashed)},
                 coalesce(length(sample_id_text) || ':' || sample_id_text, '-'),
                 prompt_tokens_value, output_tokens_value, prefill_ms_value, decode_ms_value,
-                coalesce(total_ms_value::VARCHAR, '-'), coalesce(accuracy_value::VARCHAR, '-'),
-                CASE WHEN timed THEN steps END::VARCHAR
-            )) AS run_hash
+                coalesce(total_ms_value::VARCHAR, '-'), coalesce(accuracy_value::VARCHAR, '-'){hashed_steps}
+            ) AS run_text,
+            md5(run_text) AS run_hash
         FROM judged
         """
     )
+    if not with_steps:
+        _tell_apart(connection, names)
+    connection.execute("ALTER TABLE runs DROP COLUMN run_text")
     listed = ", ".join(quote(name) for name in names)
     connection.execute(
         f"""
@@ -156,6 +176,35 @@ def write_runs(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> 
     same = " AND ".join(f"runs.{quote(name)} = keys.{quote(name)}" for name in names)
     connection.execute(f"UPDATE runs SET key_id = keys.key_id FROM keys WHERE {same}")
     return key
+
+
+def _tell_apart(connection: duckdb.DuckDBPyConnection, key_names: Sequence[str]) -> None:
+    """Hash the steps of timed runs that no time or length tells apart: their text is long, and few are such."""
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TEMP TABLE alike_runs AS
+        SELECT source_id, "row", run_text
+        FROM (
+            SELECT *, count(*) OVER (
+                PARTITION BY {", ".join(map(quote, dict.fromkeys((*key_names, *_TOLD_BY))))}
+            ) > 1 AS alike
+            FROM runs
+            WHERE reason IS NULL
+        )
+        WHERE timed AND alike
+        """
+    )
+    if connection.execute("SELECT 1 FROM alike_runs LIMIT 1").fetchone():
+        connection.execute(
+            """
+            UPDATE runs SET run_hash = told.run_hash
+            FROM (
+                SELECT source_id, "row", md5(concat_ws('|', run_text, decode_steps_ms::VARCHAR)) AS run_hash
+                FROM run_steps JOIN alike_runs USING (source_id, "row")
+            ) AS told
+            WHERE runs.source_id = told.source_id AND runs."row" = told."row"
+            """
+        )
 
 
 def _key_columns(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> tuple[KeyColumn, ...]:

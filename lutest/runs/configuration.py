@@ -189,11 +189,28 @@ def config_of_meta(meta: Mapping[str, str]) -> BuildConfig:
     built = json.loads(meta.get("build_config", "{}"))
     kinds = {column["name"]: column["kind"] for column in json.loads(meta[KEY_COLUMNS])}
     key = tuple(kinds.items())
+    return BuildConfig(key=key, columns=_stored_columns(built, key), time_unit=built.get("time_unit", "ms"))
+
+
+def config_of_build(meta: Mapping[str, str]) -> BuildConfig:
+    """The configuration that a table was built with, but for its sources and output."""
+    built = json.loads(meta["build_config"])
+    key = tuple((name, kind) for name, kind in built["key"])
+    return BuildConfig(
+        key=key,
+        columns=_stored_columns(built, key),
+        time_unit=built["time_unit"],
+        quantiles=tuple(built["quantiles"]),
+        cleaning=Cleaning(**built["cleaning"]),
+    )
+
+
+def _stored_columns(built: Mapping[str, Any], key: KeyNames) -> dict[str, ColumnRule]:
     columns = _default_columns(key)
     for name, rule in built.get("columns", {}).items():
         if name in columns:
             columns[name] = ColumnRule(tuple(map(tuple, rule["alternatives"])), rule["constant"])
-    return BuildConfig(key=key, columns=columns, time_unit=built.get("time_unit", "ms"))
+    return columns
 
 
 def parse_config(content: object, *, where: str = "configuration", base: Path | None = None) -> BuildConfig:

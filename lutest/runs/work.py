@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import duckdb
 
-from lutest.reader.errors import BuildError, ConfigError
+from lutest.reader.errors import ArgumentError, BuildError, ConfigError
 from lutest.reader.figures import KeyColumn
+from lutest.reader.names import literal
 from lutest.runs.canonical import column_text, raw_fields, write_runs
 from lutest.runs.configuration import BuildConfig
+from lutest.runs.parts import PartOf
 from lutest.runs.sources import Source, read_sources
 from lutest.runs.sources.discovery import printable
 from lutest.runs.sources.served import MEASURED
@@ -34,6 +38,7 @@ _WORDS = {
 }
 _ELAPSED = re.compile(r"elapsed|latency|duration|total", re.IGNORECASE)
 _MOST_FIELDS_SHOWN = 30
+_MEMORY = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
 
 
 def read_runs(
@@ -44,6 +49,8 @@ def read_runs(
     progress: Progress | None = None,
     extra_fields: Sequence[str] = (),
     skip_broken: bool = False,
+    parts: Path | None = None,
+    earlier: Sequence[PartOf] = (),
 ) -> tuple[KeyColumn, ...]:
     """Read sources into ``runs``, canonical and structurally checked, and their configurations into ``keys``.
 
@@ -63,6 +70,10 @@ def read_runs(
         Fields to keep in ``raw_runs`` beside those that the configuration needs.
     skip_broken : bool
         Go on without files that cannot be read; they stand in ``broken_sources``.
+    parts : Path, optional
+        Folder where each source becomes a part, from which its steps are read again: ``runs`` has none then.
+    earlier : sequence of PartOf
+        Sources that became parts before.
 
     Returns
     -------
@@ -75,7 +86,9 @@ def read_runs(
         A source cannot be read as a whole, or no run has a column that every run needs.
     """
     fields = raw_fields(settings.columns, extra_fields)
-    read_sources(connection, given, fields, base=base, progress=progress, skip_broken=skip_broken)
+    read_sources(
+        connection, given, fields, base=base, progress=progress, skip_broken=skip_broken, parts=parts, earlier=earlier
+    )
     _check_tools(connection, settings)
     missing = _missing(connection, settings, (*dict(settings.key), *_REQUIRED))
     if missing:
@@ -85,7 +98,7 @@ def read_runs(
         paths = [path for (path,) in connection.execute("SELECT path FROM source_files ORDER BY path").fetchall()]
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         raise ConfigError(_without(connection, f"{printable(paths[0])}{more}: no run", missing))
-    return write_runs(connection, settings)
+    return write_runs(connection, settings, with_steps=parts is None)
 
 
 def _check_tools(connection: duckdb.DuckDBPyConnection, settings: BuildConfig) -> None:
@@ -160,26 +173,77 @@ def _likely(name: str, fields: Sequence[str]) -> str:
     return found[0] if found else "FIELD"
 
 
+class Limits(NamedTuple):
+    """What a work database may take.
+
+    Attributes
+    ----------
+    memory : str, optional
+        Such as ``8GB``; half of what the machine, or its container, has if not given.
+    threads : int, optional
+        All processors if not given.
+    folder : path, optional
+        Where it lies; if not given, beside the file that is written, or where temporary files do.
+    """
+
+    memory: str | None = None
+    threads: int | None = None
+    folder: str | os.PathLike[str] | None = None
+
+
+NO_LIMITS = Limits()
+
+
 @contextlib.contextmanager
-def work_database(folder: Path | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+def work_database(folder: Path | None = None, limits: Limits = NO_LIMITS) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection to a database on disk, so that large inputs spill.
 
     Its folder is made for it and gone afterwards; not given, it lies where temporary files do.
+
+    Raises
+    ------
+    LutestError
+        The folder cannot be made, or a limit is not valid.
     """
     try:
-        if folder is None:
-            folder = Path(tempfile.mkdtemp(prefix="lutest-"))
+        if folder is None or limits.folder is not None:
+            folder = Path(tempfile.mkdtemp(prefix="lutest-", dir=limits.folder))
         else:
             folder.mkdir()
     except OSError as error:
-        raise BuildError(f"{folder or tempfile.gettempdir()}: cannot make a work folder: {error.strerror}") from error
+        where = limits.folder or folder or tempfile.gettempdir()
+        raise BuildError(f"{where}: cannot make a work folder: {error.strerror}") from error
     try:
         try:
             connection = duckdb.connect(str(folder / "work.duckdb"))
         except duckdb.Error as error:
             raise BuildError(f"{folder}: cannot make a work database: {str(error).splitlines()[0]}") from error
         with connection:
+            _limit(connection, limits)
             connection.execute("SET preserve_insertion_order = false")
             yield connection
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def work_folder(connection: duckdb.DuckDBPyConnection) -> Path:
+    """The folder of a work database."""
+    ((path,),) = connection.execute(
+        "SELECT path FROM duckdb_databases() WHERE database_name = current_database()"
+    ).fetchall()
+    return Path(path).parent
+
+
+def _limit(connection: duckdb.DuckDBPyConnection, limits: Limits) -> None:
+    memory = limits.memory
+    if memory is None:  # DuckDB's own limit is four fifths of what there is
+        ((whole,),) = connection.execute("SELECT current_setting('memory_limit')").fetchall()
+        size, unit = whole.split()
+        memory = f"{float(size) * 5 / 8} {unit}"
+    elif not _MEMORY.fullmatch(memory):
+        raise ArgumentError(f"memory_limit is {memory!r}; it must be a size such as 8GB")
+    connection.execute(f"SET memory_limit = {literal(memory)}")
+    if limits.threads is not None:
+        if isinstance(limits.threads, bool) or not isinstance(limits.threads, int) or limits.threads < 1:
+            raise ArgumentError(f"threads is {limits.threads!r}; it must be a whole number of at least 1")
+        connection.execute(f"SET threads = {limits.threads}")

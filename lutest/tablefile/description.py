@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lutest.reader.names import quote
 from lutest.tablefile.sql import connect, database_errors
+from lutest.tablefile.store import parts_folder
 
 if TYPE_CHECKING:
     import duckdb
@@ -63,7 +66,16 @@ def describe(table: LatencyTable) -> dict[str, Any]:
         "keys": keys,
         "sources": sources,
         "rejected": dict(reasons),
+        "parts": _parts(table),
     }
+
+
+def _parts(table: LatencyTable) -> dict[str, int] | None:
+    """How many parts a table keeps beside it, and how large they are; None where it keeps none."""
+    names = {name for *_, name in json.loads(table.meta.get("parts", "[]"))}
+    folder = parts_folder(Path(os.path.realpath(table.path)))
+    sizes = [path.stat().st_size for path in map(folder.joinpath, names) if path.is_file()]
+    return {"n": len(sizes), "size_bytes": sum(sizes)} if names else None
 
 
 def records(connection: duckdb.DuckDBPyConnection, query: str) -> list[dict[str, Any]]:

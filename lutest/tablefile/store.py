@@ -233,6 +233,11 @@ def temporary_path(output: Path) -> Path:
     return output.parent / f".{output.name}.{uuid.uuid4().hex}{TEMPORARY_ENDING}"
 
 
+def parts_folder(table: Path) -> Path:
+    """Folder beside a table for the parts that it was built from, where they are kept."""
+    return table.with_name(f"{table.name}.parts")
+
+
 @contextlib.contextmanager
 def replacing(output: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `output` in the end, or is gone where that fails."""

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     import duckdb
 
 # What differs between two builds of the same input: when, where and by which version it was built.
-_VOLATILE_META = ("build_config", "built_at", "content_hash", "duckdb_version", "fit_seconds", "lutest_version")
+_VOLATILE_META = (
+    "build_config",
+    "built_at",
+    "content_hash",
+    "duckdb_version",
+    "fit_seconds",
+    "lutest_version",
+    "parts",
+)
 _ROWS_AT_ONCE = 10_000
 
 

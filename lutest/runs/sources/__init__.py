@@ -16,12 +16,14 @@ import duckdb
 import pandas as pd
 
 from lutest.reader.errors import SourceError
+from lutest.runs.parts import PartOf, open_parts, part_name
 from lutest.runs.sources.aiperf import aiperf_summary
 from lutest.runs.sources.discovery import PACKED, list_sources, plain_name, printable, show_path, storable, unreadable
 from lutest.runs.sources.json_runs import read_json, read_json_lines
 from lutest.runs.sources.parquet import read_parquet
 from lutest.runs.sources.run_rows import RunWriter, SourceFields, create_raw_runs
 from lutest.runs.sources.tabular import hash_frame, read_csv, read_frame
+from lutest.tablefile.store import replacing
 
 Source: TypeAlias = str | os.PathLike[str] | pd.DataFrame
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -55,6 +57,8 @@ def read_sources(
     base: Path,
     progress: Progress | None = None,
     skip_broken: bool = False,
+    parts: Path | None = None,
+    earlier: Sequence[PartOf] = (),
 ) -> None:
     """Read every run of every source into the tables ``source_files`` and ``raw_runs``.
 
@@ -72,6 +76,10 @@ def read_sources(
         Called now and then with the source, and with the bytes done and to do of all files together.
     skip_broken : bool
         Go on without files that cannot be read as a whole; they stand in ``broken_sources`` (path, sha256, problem).
+    parts : Path, optional
+        Folder where each source becomes a part, unless its part is there; ``raw_runs`` is then a view of the parts.
+    earlier : sequence of PartOf
+        Sources that became parts before. Those of the same content are not read again.
 
     Raises
     ------
@@ -79,7 +87,7 @@ def read_sources(
         A source cannot be found, or some cannot be read as a whole: naming all of them. A single unreadable run is no
         error: it stands in ``raw_runs`` with its `problem`.
     """
-    if not sources:
+    if not sources and not earlier:
         raise SourceError("no sources of runs are given")
     _check_fields(fields)
     root = Path(os.path.abspath(base))
@@ -90,7 +98,8 @@ def read_sources(
     for number, frame in enumerate(frames, 1):
         shown = f"<DataFrame {number}>"
         found.append(_Found(hash_frame(frame, shown, fields), shown, None, frame, 0))
-    found.sort(key=lambda source: (source.sha256, source.shown))
+    known = {held.sha256 for held in earlier}
+    found = sorted((source for source in found if source.sha256 not in known), key=_order)
     total_bytes = sum(source.size_bytes for source in found)
 
     create_raw_runs(connection, fields)
@@ -99,6 +108,7 @@ def read_sources(
         "(source_id INTEGER, path VARCHAR, sha256 VARCHAR, folder VARCHAR, rows_read BIGINT, "
         "tool VARCHAR, fields VARCHAR[])"
     )
+    made = list(earlier)
     # 0: DuckDB takes object columns for text and does not guess their type from the first rows
     setting = connection.execute("SELECT current_setting('pandas_analyze_sample')").fetchone()
     connection.execute("SET pandas_analyze_sample = 0")
@@ -107,25 +117,49 @@ def read_sources(
         for source_id, source in enumerate(found, 1):
             report = _reporter(progress, source, done_bytes, total_bytes)
             report(0)
-            writer = RunWriter(connection, source_id, fields)
+            part = None if parts is None else parts / part_name(source.sha256, source.folder, fields)
             try:
-                _read_source(connection, source, fields, writer, report)
-                writer.flush()
+                if part is None:
+                    writer = RunWriter(connection, source_id, fields)
+                    _read_source(connection, source, fields, writer, report)
+                    connection.execute(
+                        "INSERT INTO source_files VALUES (?, ?, ?, ?, ?, ?, ?)",
+                        [
+                            source_id,
+                            source.shown,
+                            source.sha256,
+                            source.folder,
+                            writer.rows,
+                            writer.tool,
+                            [*writer.names],
+                        ],
+                    )
+                elif not part.exists():
+                    with replacing(part) as temporary:
+                        writer = RunWriter(connection, source_id, fields, temporary)
+                        _read_source(connection, source, fields, writer, report)
+                        writer.write_part()
             except SourceError as error:
                 connection.execute("DELETE FROM raw_runs WHERE source_id = ?", [source_id])
                 broken[source.shown] = source.sha256, str(error)
                 continue
-            connection.execute(
-                "INSERT INTO source_files VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [source_id, source.shown, source.sha256, source.folder, writer.rows, writer.tool, list(writer.names)],
-            )
+            if part is not None:
+                made.append(PartOf(source.sha256, source.shown, source.folder, part))
             report(source.size_bytes)
             done_bytes += source.size_bytes
     finally:
         if setting is not None:
             connection.execute(f"SET pandas_analyze_sample = {int(setting[0])}")
-    is_any_read = connection.execute("SELECT 1 FROM source_files LIMIT 1").fetchall()
+    is_any_read = made or connection.execute("SELECT 1 FROM source_files LIMIT 1").fetchall()
     _account_for(connection, broken, not (skip_broken and is_any_read))
+    if parts is not None:
+        connection.execute("DROP TABLE raw_runs")
+        made.sort(key=_order)
+        open_parts(connection, made)
+
+
+def _order(source: _Found | PartOf) -> tuple[str, str]:
+    return source.sha256, source.shown
 
 
 def _account_for(
@@ -193,9 +227,11 @@ def _read_source(
     shown = printable(source.shown)
     if isinstance(source.content, pd.DataFrame):
         read_frame(source.content, shown, fields, writer)
+        writer.flush()
         return
     try:
         _read_file(connection, source.content, shown, fields, writer, report)
+        writer.flush()
         status = source.content.stat()
     except OSError as error:
         raise unreadable(shown, error) from None

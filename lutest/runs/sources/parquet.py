@@ -53,12 +53,14 @@ def read_parquet(
             types = _column_types(connection, name)
             writer.note(types)
             if all(_NUMERIC.fullmatch(types[field]) for field in fields.steps if field in types):
-                writer.rows = _insert(connection, name, writer.source_id, fields, types)
+                writer.add_query(_query(name, fields, types))
             else:
                 _insert_row_by_row(connection, name, fields, types, writer)
         except duckdb.TransactionException:  # the work database has no room: no fault of the file
             raise
         except _FAILURES as error:
+            if "No space left" in str(error):  # for the part
+                raise
             cause = " ".join(_AFTER_CAUSE.split(str(error))[0].replace(name, shown).split())
             raise SourceError(f"{shown}: cannot be read as Parquet: {printable(cause)}") from None
 
@@ -80,13 +82,13 @@ def _column_types(connection: duckdb.DuckDBPyConnection, name: str) -> dict[str,
     return {str(row[0]): str(row[1]) for row in described.fetchall()}
 
 
-def _selection(types: dict[str, str], columns: list[str]) -> str:
-    """Select the row number and `columns` from the file given as a parameter."""
+def _selection(name: str, types: dict[str, str], columns: list[str]) -> str:
+    """Select the row number and `columns` of a file."""
     numbered = "file_row_number" not in {column.lower() for column in types}
     row = "file_row_number" if numbered else "row_number() OVER () - 1"
     option = ", file_row_number = true" if numbered else ""
     select = ", ".join([f'{row} + 1 AS "row"', *columns])
-    return f"SELECT {select} FROM read_parquet(?, hive_partitioning = false{option})"
+    return f"SELECT {select} FROM read_parquet({literal(name)}, hive_partitioning = false{option})"
 
 
 def _cells(fields: SourceFields, types: dict[str, str]) -> list[str]:
@@ -107,13 +109,11 @@ def _text(column: str, kind: str | None) -> str:
     return f"{column}::VARCHAR"
 
 
-def _insert(
-    connection: duckdb.DuckDBPyConnection, name: str, source_id: int, fields: SourceFields, types: dict[str, str]
-) -> int:
-    """Insert within DuckDB: steps are numbers in lists, flat or one list per position."""
+def _query(name: str, fields: SourceFields, types: dict[str, str]) -> str:
+    """Rows of ``raw_runs``, all within DuckDB: steps are numbers in lists, flat or one list per position."""
     steps = [field for field in fields.steps if field in types]
     columns = [f"{quote(field)} AS s{i}" for i, field in enumerate(steps)]
-    inner = _selection(types, [*_cells(fields, types), *columns])
+    inner = _selection(name, types, [*_cells(fields, types), *columns])
     problem = _first_case(
         [
             (f"contains(c{i}, chr(0))", literal(f"the field {field!r} holds a NUL character"))
@@ -131,19 +131,18 @@ def _insert(
     )
     flat = _first_case([(test, _flat(f"s{i}", depths[i])) for i, test in enumerate(present)], "DOUBLE[]")
     positions = _first_case([(test, _positions(f"s{i}", depths[i])) for i, test in enumerate(present)], "INTEGER[]")
-    targets = "".join(f", {quote(field_column(field))}" for field in fields.scalars)
-    values = "".join(f", CASE WHEN problem IS NULL THEN c{i} END" for i in range(len(fields.scalars)))
-    connection.execute(
-        f"""INSERT INTO raw_runs (source_id, "row", problem, steps, step_positions, steps_problem{targets})
-        SELECT {source_id:d}, "row", problem,
-            CASE WHEN problem IS NULL AND fault IS NULL THEN {flat} END,
-            CASE WHEN problem IS NULL AND fault IS NULL THEN {positions} END,
-            CASE WHEN problem IS NULL THEN fault END{values}
-        FROM (SELECT *, {problem} AS problem, {fault} AS fault FROM ({inner}))""",
-        [name],
+    values = "".join(
+        f", CASE WHEN problem IS NULL THEN c{i} END AS {quote(field_column(field))}"
+        for i, field in enumerate(fields.scalars)
     )
-    counted = connection.execute("SELECT count(*) FROM raw_runs WHERE source_id = ?", [source_id]).fetchone()
-    return int(counted[0]) if counted else 0
+    return f"""
+        SELECT
+            "row", problem,
+            CASE WHEN problem IS NULL AND fault IS NULL THEN {flat} END AS steps,
+            CASE WHEN problem IS NULL AND fault IS NULL THEN {positions} END AS step_positions,
+            CASE WHEN problem IS NULL THEN fault END AS steps_problem{values}
+        FROM (SELECT *, {problem} AS problem, {fault} AS fault FROM ({inner}))
+        """
 
 
 def _insert_row_by_row(
@@ -153,8 +152,8 @@ def _insert_row_by_row(
     steps = [f"{quote(field) if field in types else 'NULL'} AS s{i}" for i, field in enumerate(fields.steps)]
     scalars = len(fields.scalars)
     with connection.cursor() as reader:  # a result is lost when its own connection runs another statement
-        query = _selection(types, [*_cells(fields, types), *steps])
-        reader.execute(f'{query} ORDER BY "row"', [name])
+        query = _selection(name, types, [*_cells(fields, types), *steps])
+        reader.execute(f'{query} ORDER BY "row"')
         while rows := reader.fetchmany(FETCH_ROWS):
             for row in rows:
                 writer.add(row[1 : scalars + 1], row[scalars + 1 :])

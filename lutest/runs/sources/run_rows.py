@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import chain
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from lutest.reader.names import quote
+from lutest.runs.parts import write_part
 
 BATCH_ROWS = 5_000
 BATCH_STEPS = 1_000_000
@@ -204,6 +206,8 @@ class RunWriter:
         Number of the source.
     fields : SourceFields
         The fields of each run.
+    part : Path, optional
+        Where `write_part` writes the runs.
 
     Attributes
     ----------
@@ -217,7 +221,13 @@ class RunWriter:
         Called after each batch.
     """
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, source_id: int, fields: SourceFields) -> None:
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        source_id: int,
+        fields: SourceFields,
+        part: Path | None = None,
+    ) -> None:
         self.rows = 0
         self.tool: str | None = None
         self.names: dict[str, None] = {}
@@ -225,6 +235,7 @@ class RunWriter:
         self.source_id = source_id
         self._connection = connection
         self._fields = fields
+        self._part = part
         self._held_nulls: set[str] = set()
         self._clear()
 
@@ -304,6 +315,26 @@ class RunWriter:
             self._connection.unregister("_batch_steps")
         self._clear()
         self.on_flush()
+
+    def add_query(self, query: str) -> None:
+        """Add the runs of a query, the only ones of the source, with the columns of ``raw_runs`` after the first."""
+        if self._part is not None:
+            self._write_part(query)
+            return
+        self._connection.execute(f"INSERT INTO raw_runs SELECT {self.source_id:d}, * FROM ({query})")
+        counted = self._connection.execute("SELECT count(*) FROM raw_runs WHERE source_id = ?", [self.source_id])
+        ((self.rows,),) = counted.fetchall()
+
+    def write_part(self) -> None:
+        """Write what was added as a part, and forget it."""
+        if self._part is not None:
+            self._write_part("SELECT * EXCLUDE (source_id) FROM raw_runs")
+            self._connection.execute("TRUNCATE raw_runs")
+
+    def _write_part(self, query: str) -> None:
+        assert self._part is not None
+        write_part(self._connection, query, self._part, tool=self.tool, fields=list(self.names))
+        self._part = None
 
     def _clear(self) -> None:
         self._numbers: list[int] = []
