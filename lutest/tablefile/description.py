@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from lutest.reader.names import quote
 from lutest.tablefile.sql import connect, database_errors
-from lutest.tablefile.store import parts_folder
 
 if TYPE_CHECKING:
     import duckdb
@@ -72,6 +71,8 @@ def describe(table: LatencyTable) -> dict[str, Any]:
 
 def _parts(table: LatencyTable) -> dict[str, int] | None:
     """How many parts a table keeps beside it, and how large they are; None where it keeps none."""
+    from lutest.tablefile.store import parts_folder  # here, for it brings in DuckDB
+
     names = {name for *_, name in json.loads(table.meta.get("parts", "[]"))}
     folder = parts_folder(Path(os.path.realpath(table.path)))
     sizes = [path.stat().st_size for path in map(folder.joinpath, names) if path.is_file()]
