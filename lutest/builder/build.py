@@ -256,7 +256,8 @@ def _build(
         except _NO_ROOM as error:
             raise BuildError(f"{target}: the build ran out of room: {str(error).splitlines()[0]}") from error
         except OSError as error:
-            raise BuildError(f"{parts}: cannot keep parts there: {error.strerror or error}") from error
+            what = f"keep its parts in {parts}" if keep_parts else "write the table"
+            raise BuildError(f"{target}: cannot {what}: {error.strerror or error}") from error
         if machines:
             meta["mixed"] = json.dumps(
                 {"model": [], "device": []} | {name: list(held) for name, held in machines.items()}

@@ -153,7 +153,9 @@ def test_build_takes_runs_and_a_configuration_in_any_order(
     assert lutest.load(project / output).quantiles == levels
 
 
-def test_other_verbs_take_runs_and_configurations_alike(project: Path, printed: Printed) -> None:
+def test_other_verbs_take_runs_and_configurations_alike(
+    project: Path, printed: Printed, capsys: pytest.CaptureFixture[str]
+) -> None:
     frame = noisy_runs(runs_per_key=5).drop(columns="tier").assign(gpu="H100")
     frame.rename(columns={"prefill_ms": "ttft"}).to_json(project / "gpus.jsonl", orient="records", lines=True)
     options = ("--set", "key=[gpu, top_k]", "--set", "columns.prefill_ms=ttft")
@@ -163,7 +165,8 @@ def test_other_verbs_take_runs_and_configurations_alike(project: Path, printed: 
     assert printed.json("evaluate", table, "gpus.jsonl")["n_runs"] == 15  # read as the table was built
     judged = printed.json("evaluate", "--set", "columns.decode_steps_ms=none_of_them", table, "gpus.jsonl")
     assert "decode step" not in [score["stage"] for score in judged["overall"]]
-    assert "holds" in printed("check", table, "gpus.jsonl", "--tolerance", 0.4)
+    assert main(["check", str(table), "gpus.jsonl"]) == 3  # fifteen runs are too few to tell
+    assert "cannot tell" in capsys.readouterr().out
     assert printed("diagnose", "gpus.jsonl", *options).endswith(" ok\n")
     assert printed.json("diagnose") == printed.json("diagnose", "tables/build.yaml")
     assert printed.json("convert", "-o", "all.parquet")["rows"] == 15

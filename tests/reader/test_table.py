@@ -99,9 +99,8 @@ def test_a_key_of_a_wrong_type(table: LatencyTable, wrong: Any) -> None:
 def test_too_few_or_too_many_values_are_answered_with_the_columns(
     table: LatencyTable, values: tuple[Any, ...], named: dict[str, Any]
 ) -> None:
-    with pytest.raises(
-        ArgumentError, match=r"^the key is \(.*\); allowed: a value for each of tier, top_k, num_blocks$"
-    ):
+    allowed = r"a value for each of tier, top_k, num_blocks, such as 'high', 4, 12$"
+    with pytest.raises(ArgumentError, match=rf"^the key is \(.*\); allowed: {allowed}"):
         table.lookup(*values, **named)
 
 
