@@ -207,7 +207,10 @@ def _cost_model(data: Observations) -> KeyFunction:
     root = np.sqrt(data.weight)
     relative = work(data.key, data.place) * (root * np.exp(middle - data.log_ms))[:, None]
     triangle = np.asarray(np.linalg.qr(np.column_stack([relative, root]), mode="r"))
-    rates = optimize.nnls(triangle[:, :-1], triangle[:, -1])[0]
+    try:
+        rates = optimize.nnls(triangle[:, :-1], triangle[:, -1])[0]
+    except RuntimeError:  # SciPy before 1.13 does not come to an end where columns are nearly the same
+        rates = optimize.lsq_linear(triangle[:, :-1], triangle[:, -1], bounds=(0.0, np.inf)).x
 
     def log_cost(key: Integers, place: Floats) -> Floats:
         return np.asarray(np.log(np.maximum(work(key, place) @ rates, 1e-9)))
